@@ -1,0 +1,1 @@
+"""Distributed long-sequence training: planned context parallelism over local block-sparse kernels."""

@@ -1,0 +1,387 @@
+"""The run configuration: YAML into typed, validated classes, with every cross-field check.
+
+`load_config` is the only entrance. A wrong key, type or combination raises `ConfigError` that names
+the key path, what was given and what is allowed. Nothing here imports torch, so that a configuration
+is refused before any rank starts work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_attn.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+T = typing.TypeVar("T", bound=BaseModel)
+Strategy = Literal["ring", "ulysses"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(_Section):
+    """What is run, where its results go, and on which devices."""
+
+    dir: str = "runs/default"
+    steps: Positive = 100
+    seed: NonNegative = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: A rank that waits longer than this for the others gives up with an error.
+    timeout_s: PositiveFloat = 600.0
+
+
+class ModelConfig(_Section):
+    """A Llama-type decoder, built from these sizes or loaded from a local checkpoint folder."""
+
+    #: A folder with config.json and safetensors; the sizes below are then read from it.
+    checkpoint: str | None = None
+    vocab_size: Positive | None = None
+    hidden_size: Positive = 64
+    intermediate_size: Positive = 176
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    head_dim: Positive | None = None
+    rope_theta: PositiveFloat = 10000.0
+    tie_word_embeddings: bool = False
+    #: Parameters and activations; the optimizer's copy is float32 in either case.
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    #: Tokens whose logits exist at a time in the loss.
+    loss_chunk_tokens: Positive = 1024
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads when head_dim is not given, "
+                f"got {self.hidden_size} and {self.num_heads}"
+            )
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Head dimension, by default hidden_size / num_heads."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+
+class CorpusConfig(_Section):
+    """Where the documents come from."""
+
+    #: stdlib: Python's own source files. text: a folder, one document per file. jsonl and parquet:
+    #: one document per row. megatron: an indexed .bin/.idx pair that is tokenised already.
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "megatron"] = "stdlib"
+    #: File or folder; for megatron the prefix without .bin or .idx. Not used by stdlib.
+    path: str | None = None
+    #: File names of a text folder.
+    glob: str = "**/*.txt"
+    #: Field of a JSONL row, or column of a Parquet file, that holds the text.
+    field: str = "text"
+
+    @model_validator(mode="after")
+    def _path(self) -> CorpusConfig:
+        if (self.path is None) != (self.kind == "stdlib"):
+            need = "takes no path" if self.kind == "stdlib" else "needs a path"
+            raise ValueError(f"kind '{self.kind}' {need}, got path={self.path!r}")
+        return self
+
+
+class BatchConfig(_Section):
+    """The size of a global batch; exactly one of the two."""
+
+    documents: Positive | None = None
+    #: Documents are taken in order until the next one would pass this many tokens.
+    tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BatchConfig:
+        if (self.documents is None) == (self.tokens is None):
+            raise ValueError("give exactly one of `documents` and `tokens`")
+        return self
+
+
+class DataConfig(_Section):
+    """The corpus, its tokens, and what makes a global batch."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    #: `bytes`, or the path of a Hugging Face tokenizer.json.
+    tokenizer: str = "bytes"
+    max_document_tokens: Positive = 8192
+    #: What happens to a longer document: stop, cut it into several documents, or leave it out.
+    overlong: Literal["refuse", "split", "drop"] = "refuse"
+    batch: BatchConfig = BatchConfig(tokens=16384)
+    shuffle: bool = True
+    #: Where tokenised corpora are kept; by default a folder beside the run folder.
+    cache_dir: str | None = None
+    #: Local tokens are padded up to a multiple of this.
+    pad_to_multiple: Positive = 1
+
+
+class AttentionConfig(_Section):
+    """How attention may be carried out inside a group."""
+
+    strategies: Annotated[list[Strategy], Field(min_length=1)] = ["ring", "ulysses"]
+    ring_layout: Literal["zigzag", "contiguous"] = "zigzag"
+    deterministic: bool = False
+
+
+class PlannerConfig(_Section):
+    """How each global batch is scattered over the ranks."""
+
+    #: `planned`: per batch by MILP. `static`: every document on groups of `static_degree` ranks.
+    mode: Literal["planned", "static"] = "planned"
+    static_degree: Positive | None = None
+    degrees: Literal["powers_of_two", "all"] = "powers_of_two"
+    max_degree: Positive | None = None
+    max_micro_batches: Positive = 64
+    #: A cap on a rank's tokens per micro-batch, beside what its memory allows.
+    max_tokens_per_device: Positive | None = None
+    time_limit_s: PositiveFloat = 5.0
+    #: A folder of plan files (step-000000.json, ...) to carry out instead of solving.
+    plans_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _static(self) -> PlannerConfig:
+        if (self.mode == "static") != (self.static_degree is not None):
+            raise ValueError("static_degree goes with mode 'static', and only with it")
+        return self
+
+
+class DeviceConfig(_Section):
+    """One kind of device: what it computes, holds and moves."""
+
+    #: Dense matrix rate in the training dtype, and the shares of it that a layer's matrix products
+    #: and attention reach.
+    peak_tflops: PositiveFloat
+    linear_efficiency: Fraction = 0.55
+    attention_efficiency: Fraction = 0.5
+    memory_gib: PositiveFloat
+    #: Memory that the framework, NCCL and fragmentation take.
+    reserved_gib: Annotated[float, Field(ge=0)] = 4.0
+
+
+class LinkConfig(_Section):
+    """What one device can send while it receives as much."""
+
+    bandwidth_gb_per_s: PositiveFloat
+    latency_us: Annotated[float, Field(ge=0)] = 10.0
+
+
+class NodesConfig(_Section):
+    """Equal nodes, `count` of them."""
+
+    count: Positive
+    devices_per_node: Positive
+    #: A name from the spec sheets (a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-192gb, cpu) or
+    #: from the cluster's own `devices`.
+    device: str
+
+
+class ClusterConfig(_Section):
+    """A cluster, here or elsewhere: nodes, devices and links."""
+
+    nodes: Annotated[list[NodesConfig], Field(min_length=1)]
+    devices: dict[str, DeviceConfig] = {}
+    intra_node: LinkConfig = LinkConfig(bandwidth_gb_per_s=150.0, latency_us=8.0)
+    #: Per device, not per node.
+    inter_node: LinkConfig = LinkConfig(bandwidth_gb_per_s=20.0, latency_us=20.0)
+    #: Seconds that every micro-batch costs beside its tokens (launches, ZeRO gathers).
+    micro_batch_overhead_s: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def world_size(self) -> int:
+        """Devices in all."""
+        return sum(n.count * n.devices_per_node for n in self.nodes)
+
+
+class EngineConfig(_Section):
+    """The training engine and its sharding."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    #: DeepSpeed's communication buckets, in elements.
+    bucket_elements: Positive = 1_000_000
+
+
+class OptimizerConfig(_Section):
+    """AdamW or SGD with a warm-up and a decay."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    #: 0 turns clipping off.
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    min_lr_ratio: Fraction = 0.1
+
+
+class CheckpointConfig(_Section):
+    """When checkpoints are written and how many are kept."""
+
+    #: 0: none but the one at the end.
+    every_steps: NonNegative = 0
+    keep: Positive = 2
+    at_end: bool = True
+
+
+class LoggingConfig(_Section):
+    """What is shown and recorded."""
+
+    tensorboard: bool = True
+    #: Steps between two pictures of a plan's timeline; 0: none.
+    plan_picture_every_steps: NonNegative = 10
+    progress_bar: bool = True
+
+
+class Config(_Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    attention: AttentionConfig = AttentionConfig()
+    planner: PlannerConfig = PlannerConfig()
+    #: `auto` describes the ranks that run; a path names a cluster file; or the cluster itself.
+    cluster: str | ClusterConfig = "auto"
+    engine: EngineConfig = EngineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        batch = self.data.batch
+        if batch.tokens is not None and batch.tokens < self.data.max_document_tokens:
+            raise ValueError(
+                f"data.batch.tokens ({batch.tokens}) is less than data.max_document_tokens "
+                f"({self.data.max_document_tokens}), so that no batch could hold such a document; "
+                f"raise the first or lower the second"
+            )
+        if self.run.device == "cpu" and self.engine.zero_stage == 0 and self.model.dtype == "bf16":
+            raise ValueError(
+                "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
+                "use zero_stage 1, 2 or 3, or dtype fp32"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate.
+
+    Raises:
+        ConfigError: the file, a key, a value or a combination is refused.
+    """
+    data = read_yaml(path)
+    for item in overrides or []:
+        _set(data, item)
+    config = validate(Config, data, str(path))
+    if isinstance(config.cluster, str) and config.cluster != "auto":
+        base = Path(path).parent / config.cluster
+        file = base if base.exists() else Path(config.cluster)
+        return config.model_copy(update={"cluster": load_cluster(file)})
+    return config
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    """Read a cluster description from a YAML file."""
+    return validate(ClusterConfig, read_yaml(path), str(path))
+
+
+def dump_config(config: BaseModel) -> str:
+    """The configuration with every default, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, got {type(data).__name__}")
+    return data
+
+
+def validate(kind: type[T], data: dict[str, Any], source: str) -> T:
+    """Build `kind` from plain data, turning every complaint into one ConfigError."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = sorted({_complaint(kind, e) for e in error.errors()})
+        raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def _set(data: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key.path=value, got '{item}'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: '{text}' is not a YAML value") from None
+    *parents, last = key.split(".")
+    node = data
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: '{part}' holds {child!r} and has no keys below it")
+        node = child
+    node[last] = value
+
+
+def _complaint(kind: type[BaseModel], error: Any) -> str:
+    # A union reports each of its members; their names in the path would only confuse.
+    loc = [str(p) for p in error["loc"] if not str(p).endswith("Config") and p != "str"]
+    path = ".".join(loc) or "configuration"
+    given = error["input"]
+    shown = f"got {type(given).__name__} {given!r}" if not isinstance(given, dict) else "got a mapping"
+    match error["type"]:
+        case "extra_forbidden":
+            known = _known_keys(kind, loc[:-1])
+            near = difflib.get_close_matches(loc[-1], known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            return f"{path}: unknown key; {hint}allowed here: {', '.join(known)}"
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}"
+        case _:
+            return f"{path}: {error['msg']}, {shown}"
+
+
+def _known_keys(kind: type[BaseModel], parents: list[str]) -> list[str]:
+    node: Any = kind
+    for part in parents:
+        fields = getattr(node, "model_fields", {})
+        if part in fields:
+            node = _section_in(fields[part].annotation)
+    return sorted(getattr(node, "model_fields", {}))
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class inside an annotation such as `str | Section` or `list[Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(a) for a in typing.get_args(annotation))
+    return next((f for f in found if f is not None), None)

@@ -1,0 +1,1 @@
+"""Local attention kernels on one device; never imports dist_attn."""
