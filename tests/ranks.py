@@ -36,7 +36,7 @@ PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_lla
 START_TIMEOUT_S = 90.0
 
 
-class RankFailure(AssertionError):
+class RankFailure(AssertionError):  # noqa: N818
     """A rank raised, died or ran out of time; the text holds its traceback."""
 
 

@@ -1,0 +1,131 @@
+"""The pool of process groups: made when a plan first needs them, kept, and bounded in number."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from dist_attn.errors import PlanError
+
+
+@dataclass(frozen=True)
+class CommGroup:
+    """The ranks that carry out one attention together, as one of them sees it.
+
+    Attributes:
+        ranks: global ranks, ascending.
+        cp_rank: the place of the calling rank in `ranks`.
+        process_group: None for a group of one rank, which never communicates.
+    """
+
+    ranks: tuple[int, ...]
+    cp_rank: int
+    process_group: dist.ProcessGroup | None
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def peer(self, cp_rank: int) -> int:
+        """Global rank of the group's rank `cp_rank`, counted round the end."""
+        return self.ranks[cp_rank % self.cp_size]
+
+
+def single_rank_group(rank: int = 0) -> CommGroup:
+    """Make the group of one rank; it needs no torch.distributed."""
+    return CommGroup((rank,), 0, None)
+
+
+class GroupPool:
+    """At most `capacity` process groups by their ranks; the least recently used go first.
+
+    A communicator costs memory on every device that takes part, and a planner that changes its mind
+    every step would otherwise make one for every set of ranks there is. Groups of one rank and the
+    group of all ranks cost nothing and do not count.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        if capacity < 1:
+            raise PlanError(f"a pool of groups needs room for one at least, got {capacity}")
+        self.capacity = capacity
+        self._groups: OrderedDict[tuple[int, ...], dist.ProcessGroup] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def ensure(self, rank_sets: Iterable[Iterable[int]]) -> None:
+        """Make the groups that are missing, after ending the least recently used ones.
+
+        Collective:
+            Every rank of the world calls it with the same sets in the same order, also the ranks
+            that are in none of them.
+
+        Raises:
+            PlanError: more sets than the pool holds, or a set that is not one of ranks.
+        """
+        wanted = [s for s in dict.fromkeys(_checked(s) for s in rank_sets) if _counts(s)]
+        if len(wanted) > self.capacity:
+            raise PlanError(
+                f"{len(wanted)} groups are wanted at a time but the pool holds {self.capacity}; "
+                f"ensure those of one micro-batch at a time, or raise the pool's capacity"
+            )
+        for ranks in wanted:
+            if ranks in self._groups:
+                self._groups.move_to_end(ranks)
+        for ranks in wanted:
+            if ranks in self._groups:
+                continue
+            if len(self._groups) >= self.capacity:
+                _, oldest = self._groups.popitem(last=False)
+                _destroy(oldest)
+            self._groups[ranks] = dist.new_group(list(ranks))
+
+    def get(self, ranks: Iterable[int]) -> CommGroup:
+        """Look up the group of `ranks`, of which the calling rank must be one.
+
+        Raises:
+            PlanError: the group was not ensured, or the caller is not in it.
+        """
+        ranks = _checked(ranks)
+        me = dist.get_rank() if dist.is_initialized() else 0
+        if me not in ranks:
+            raise PlanError(f"rank {me} asked for the group of ranks {ranks}, which it is not in")
+        cp_rank = ranks.index(me)
+        if len(ranks) == 1:
+            return CommGroup(ranks, cp_rank, None)
+        if not _counts(ranks):
+            return CommGroup(ranks, cp_rank, dist.group.WORLD)
+        if ranks not in self._groups:
+            raise PlanError(f"no group of ranks {ranks}: call ensure() on every rank first")
+        return CommGroup(ranks, cp_rank, self._groups[ranks])
+
+    def close(self) -> None:
+        """End every group of the pool; `ensure` makes them anew."""
+        while self._groups:
+            _destroy(self._groups.popitem(last=False)[1])
+
+
+def _checked(ranks: Iterable[int]) -> tuple[int, ...]:
+    ranks = tuple(int(r) for r in ranks)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ascending = all(a < b for a, b in itertools.pairwise(ranks))
+    if not ranks or not ascending or ranks[0] < 0 or ranks[-1] >= world_size:
+        raise PlanError(
+            f"a group is an ascending tuple of different ranks below {world_size}, got {ranks}"
+        )
+    return ranks
+
+
+def _counts(ranks: tuple[int, ...]) -> bool:
+    """Whether `ranks` needs a group of its own."""
+    return 1 < len(ranks) < dist.get_world_size()
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    if group is not dist.GroupMember.NON_GROUP_MEMBER:
+        dist.destroy_process_group(group)
