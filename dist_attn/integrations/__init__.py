@@ -1,0 +1,1 @@
+"""The only files that import transformers, megatron.core or deepspeed."""

@@ -1,0 +1,71 @@
+"""What the training loop asks of an engine, and the pieces of state that checkpoints hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one parameter's float32 state, as live tensors of this rank.
+
+    Writing into the tensors changes the engine's state; `Engine.refresh` then carries the master
+    weights over to the parameters that compute.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    #: First element, in the flattened parameter.
+    start: int
+    #: `param` and the optimizer's per-element states (`exp_avg`, ...), each 1-d of equal length.
+    tensors: dict[str, Tensor]
+    #: Whether this rank saves it; of a replicated fragment one rank does.
+    owned: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the fragment."""
+        return self.tensors["param"].numel()
+
+
+class Engine(Protocol):
+    """A sharded model with its optimizer, over all ranks."""
+
+    def forward(self, **inputs: object) -> Tensor:
+        """Sum of the local token losses of one micro-batch.
+
+        Collective: under ZeRO-3 by all ranks, the same number of times.
+        """
+
+    def backward(self, loss_sum: Tensor, valid_tokens: int, *, last: bool) -> None:
+        """Accumulate the gradients of `loss_sum / valid_tokens` summed over all ranks.
+
+        Collective: under ZeRO-2 and 3 by all ranks, the same number of times.
+        """
+
+    def step(self, lr: float) -> float:
+        """Update the parameters; returns the gradients' global norm before clipping.
+
+        Collective: by all ranks.
+        """
+
+    def fragments(self) -> list[Fragment]:
+        """Every fragment whose state lives on this rank."""
+
+    def refresh(self, optimizer_steps: int) -> None:
+        """Take up fragments that were written into, after `optimizer_steps` updates.
+
+        Collective: by all ranks.
+        """
+
+    def full_gradient(self, name: str) -> Tensor:
+        """A parameter's whole gradient, float32, between `backward(last=True)` and `step`.
+
+        Collective: by all ranks.
+        """
+
+    def close(self) -> None:
+        """Release what the engine holds outside of its tensors."""

@@ -1,0 +1,217 @@
+"""transformers models whose attention is ours: registration, construction, loss head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from dist_attn.attention.api import attend_with_context
+from dist_attn.attention.context import AttentionContext
+from dist_attn.config import ModelConfig
+from dist_attn.errors import ConfigError
+from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
+
+ATTENTION_NAME = "dist_attn"
+#: Families whose attention layers call the interface with nothing but rotated q, k, v and a scale.
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Keywords that change what attention computes; any other value than None is refused.
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="dist_attn"` known to transformers."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_dense_mask)
+
+
+class CausalLM(nn.Module):
+    """A transformers decoder that returns the summed loss of this rank's tokens.
+
+    Parameter names are those of the transformers model.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, loss_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = decoder.model
+        self.lm_head = _LossHead(decoder.lm_head, loss_chunk_tokens)
+        self.hf_config = decoder.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        position_ids: Tensor,
+        attention_context: AttentionContext,
+    ) -> Tensor:
+        """Sum of the cross-entropy over local tokens, float32, not yet divided by anything.
+
+        Args:
+            input_ids: int64 [1, L], this rank's tokens.
+            shift_labels: int64 [1, L], the token to predict, -100 where there is none.
+            position_ids: int64 [1, L], positions inside each document.
+            attention_context: how this micro-batch's attention is carried out.
+        """
+        hidden = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            attention_context=attention_context,
+        ).last_hidden_state
+        loss: Tensor = self.lm_head(hidden, shift_labels)
+        return loss
+
+
+class _LossHead(nn.Module):
+    """The vocabulary projection and the loss in one module, so that ZeRO-3 gathers its weight."""
+
+    def __init__(self, linear: nn.Linear, chunk_tokens: int) -> None:
+        super().__init__()
+        if linear.bias is not None:
+            raise ConfigError("a vocabulary projection with a bias is not supported")
+        self.weight = linear.weight
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), chunk_tokens=self.chunk_tokens
+        )
+
+
+def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
+    """Build a Llama from the configured sizes, or load a local checkpoint folder.
+
+    Initial weights depend on `seed` alone.
+
+    Raises:
+        ConfigError: the checkpoint is missing, of an unsupported family, or its vocabulary is
+            smaller than the tokenizer's.
+    """
+    register_attention()
+    if config.checkpoint is not None:
+        decoder = _load(config, vocab_size)
+    else:
+        torch.manual_seed(seed)
+        decoder = AutoModelForCausalLM.from_config(
+            _llama_config(config, vocab_size), attn_implementation=ATTENTION_NAME
+        )
+    decoder = decoder.to(_DTYPES[config.dtype])
+    if config.gradient_checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder.train()
+    return CausalLM(decoder, config.loss_chunk_tokens)
+
+
+def _llama_config(config: ModelConfig, vocab_size: int) -> LlamaConfig:
+    size = config.vocab_size or vocab_size
+    if size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {size}, but the tokenizer makes ids up to {vocab_size - 1}; "
+            f"raise it to {vocab_size} or leave it out"
+        )
+    return LlamaConfig(
+        vocab_size=size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.resolved_head_dim,
+        max_position_embeddings=1 << 30,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        attention_dropout=0.0,
+        use_cache=False,
+    )
+
+
+def _load(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
+    folder = Path(str(config.checkpoint))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.checkpoint: {folder} holds no config.json; give a folder with config.json and "
+            f"safetensors files (nothing is downloaded)"
+        )
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_family(hf_config, folder, vocab_size)
+        decoder = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=ATTENTION_NAME,
+            dtype=_DTYPES[config.dtype],
+        )
+    except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"model.checkpoint: cannot load {folder}: {error}") from None
+    decoder.config.use_cache = False
+    return decoder
+
+
+def _check_family(hf_config: Any, folder: Path, vocab_size: int) -> None:
+    if hf_config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            f"model.checkpoint: {folder} is of type '{hf_config.model_type}'; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    window = getattr(hf_config, "sliding_window", None)
+    if layer_types != {"full_attention"} or (hf_config.model_type == "mistral" and window):
+        raise ConfigError(
+            f"model.checkpoint: {folder} uses a sliding window of {window} tokens, which this "
+            f"engine does not carry out; set sliding_window to null in its config.json to train "
+            f"with full attention"
+        )
+    if hf_config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.checkpoint: {folder} has a vocabulary of {hf_config.vocab_size}, but the "
+            f"tokenizer makes ids up to {vocab_size - 1}; use the checkpoint's own tokenizer.json"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: [1, heads, L, D] in, [1, L, heads, D] out."""
+    context = kwargs.get("attention_context")
+    if not isinstance(context, AttentionContext):
+        raise ValueError(
+            'attn_implementation="dist_attn" needs attention_context=AttentionContext(...) in the '
+            "model call; it says which documents and which ranks the tokens belong to"
+        )
+    refused = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if attention_mask is not None or dropout or refused:
+        what = refused or (["attention_mask"] if attention_mask is not None else ["dropout"])
+        raise ValueError(
+            f"dist_attn cannot honour {', '.join(what)}; say what may attend to what by the mask "
+            f"of the attention_context, and set dropout to 0"
+        )
+    if query_BHLD.shape[0] != 1:
+        raise ValueError(f"dist_attn takes packed tokens, batch 1, got {query_BHLD.shape[0]}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query_BHLD, key_BKLD, value_BKLD))
+    out_LHD = attend_with_context(q, k, v, context, softmax_scale=scaling)
+    return out_LHD.unsqueeze(0), None
+
+
+def _no_dense_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "dist_attn takes no attention_mask (padding belongs to no document of the "
+            "attention_context); pass attention_mask=None"
+        )

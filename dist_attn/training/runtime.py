@@ -1,0 +1,110 @@
+"""The process as one rank of a run: device, process group, and agreement among ranks."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_attn.config import RunConfig
+from dist_attn.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, plans and writes what there is one of."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective: by all ranks."""
+        dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank. Collective: by all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self._object_device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. Collective: by all ranks."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block in which input may turn out bad on some ranks only.
+
+        A UserError of any rank becomes a UserError of every rank, so that none waits for another.
+        Collective: by all ranks; the block itself must not communicate after it can fail.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        errors = [e for e in self.gather(error and (type(error), str(error))) if e]
+        if errors:
+            kind, text = errors[0]
+            raise kind(text)
+
+    @property
+    def _object_device(self) -> torch.device:
+        return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def start_runtime(config: RunConfig) -> Runtime:
+    """Join the process group that torchrun or SLURM described in the environment.
+
+    Raises:
+        ConfigError: no such description, or the devices asked for are not there.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = [n for n in names if n not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not set: start ranks by `torchrun --nproc-per-node N "
+            f"launch/train.py --cfg FILE` or by `dist-attn train --cfg FILE`"
+        )
+    rank, world_size, local_rank, local_world_size = (int(os.environ[n]) for n in names)
+    device = choose_device(config.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shared = device.type == "cuda" and local_world_size > torch.cuda.device_count()
+    backend = "nccl" if device.type == "cuda" and not shared else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout_s))
+    if shared and rank == 0:
+        logger.warning(
+            "%d ranks share %d GPUs: communication goes through the host (gloo), for tests only",
+            local_world_size,
+            torch.cuda.device_count(),
+        )
+    return Runtime(rank, world_size, local_rank, local_world_size, device)
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of a rank; `auto` takes a GPU where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -1,0 +1,92 @@
+"""Cross-entropy of a vocabulary projection whose logits exist only a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def linear_cross_entropy(
+    hidden_LC: Tensor, weight_VC: Tensor, labels_L: Tensor, *, chunk_tokens: int = 1024
+) -> Tensor:
+    """Sum over tokens of the cross-entropy of `hidden @ weight.T` against `labels`.
+
+    The gradients are computed together with the loss, chunk by chunk, so that neither the logits
+    nor their gradient of more than `chunk_tokens` tokens exist at once, and the backward needs no
+    weight (which a sharded engine may have released by then).
+
+    Args:
+        hidden_LC: hidden states [L, C].
+        weight_VC: projection [V, C].
+        labels_L: int64 [L]; -100 marks a token that counts neither in loss nor gradient.
+        chunk_tokens: tokens whose logits exist at a time.
+
+    Returns:
+        A float32 scalar, attached to the graph also when no label is valid.
+
+    Numerics: logits, loss and their gradient in float32 (float64 for float64 inputs); the weight's
+    gradient adds up in float32 over the chunks.
+
+    Source: the idea of gradients in the forward pass is Liger-Kernel's fused linear cross-entropy
+    (arXiv 2410.10989); unlike there, an upstream gradient scales both results.
+    """
+    if hidden_LC.dim() != 2 or labels_L.shape != hidden_LC.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy takes hidden [L, C] and labels [L], got "
+            f"{tuple(hidden_LC.shape)} and {tuple(labels_L.shape)}"
+        )
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_LC, weight_VC, labels_L, chunk_tokens)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chunk, target = hidden[rows], labels[rows]
+            log_probs = F.log_softmax((chunk @ weight.T).to(accumulate), dim=-1)
+            loss += F.nll_loss(log_probs, target, ignore_index=IGNORE_INDEX, reduction="sum")
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = _grad_logits(log_probs, target).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += (grad_logits.T @ chunk).to(accumulate)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _grad_logits(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Softmax minus one-hot, zero in rows that do not count; overwrites `log_probs`."""
+    valid = (target != IGNORE_INDEX).unsqueeze(-1)
+    grad = log_probs.exp_()
+    grad.scatter_add_(
+        -1,
+        target.clamp_min(0).unsqueeze(-1),
+        torch.full_like(target, -1, dtype=grad.dtype).unsqueeze(-1),
+    )
+    return grad.mul_(valid)
