@@ -1,0 +1,121 @@
+"""One rank's tensors of one micro-batch, from the plan and the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dist_attn.data.corpus import Corpus
+from dist_attn.data.indexed import IntArray
+from dist_attn.layout import Layout, make_layout
+from dist_attn.planner.plan import Group
+
+#: The label of a token after which nothing is predicted, as in torch's cross-entropy.
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBatch:
+    """What a rank's model call and its attention need.
+
+    The first `local_seq_len` of the L tokens belong to documents, in the order of their positions
+    in the group's packed stream; the last `num_padding` belong to none.
+    """
+
+    #: int64 [1, L].
+    input_ids: torch.Tensor
+    #: int64 [1, L], the token that follows in the document, wherever the layout put it; -100 at a
+    #: document's last token and at padding.
+    shift_labels: torch.Tensor
+    #: int64 [1, L], restarting at 0 in each document; 0 at padding.
+    position_ids: torch.Tensor
+    #: int32 [num_docs + 1], boundaries of the documents in the group's packed stream.
+    cu_seqlens: torch.Tensor
+    #: Longest document of the group.
+    max_seqlen: int
+    layout: Layout
+    cp_rank: int
+    strategy: str
+    num_padding: int
+    #: Labels on this rank that are not -100.
+    num_valid: int
+
+    @property
+    def local_seq_len(self) -> int:
+        """Tokens of documents on this rank, without padding."""
+        return self.layout.local_seq_len(self.cp_rank)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LocalBatch:
+        """Copy the model's inputs to a device; `cu_seqlens` stays on the host."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            shift_labels=self.shift_labels.to(device, non_blocking=non_blocking),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+def build_local_batch(
+    corpus: Corpus,
+    document_ids: Sequence[int] | IntArray,
+    group: Group | None,
+    *,
+    cp_rank: int = 0,
+    layout_kind: str = "zigzag",
+    pad_to_multiple: int = 1,
+) -> LocalBatch:
+    """Read this rank's share of a group's documents.
+
+    Only this rank's tokens, and the one that follows each of them, are read.
+
+    Args:
+        corpus: the documents.
+        document_ids: the global batch that was planned; the plan's documents index into it.
+        group: the group that this rank works in, or None where it idles.
+        cp_rank: this rank's place in `group.ranks`.
+        layout_kind: how the packed stream is dealt out; see `dist_attn.layout.make_layout`.
+        pad_to_multiple: padding is added up to a multiple of this, and to at least one token, so
+            that a rank without tokens still makes the calls that the others wait for.
+    """
+    degree = 1 if group is None else group.degree
+    assert 0 <= cp_rank < degree
+    assert pad_to_multiple > 0
+    chosen = np.array([] if group is None else group.documents, np.int64)
+    documents = np.asarray(document_ids, np.int64)[chosen]
+    lengths = corpus.lengths[documents]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    layout = make_layout(layout_kind, cu_seqlens, degree)
+
+    stream = layout.positions(cp_rank)
+    which = np.searchsorted(cu_seqlens, stream, side="right") - 1
+    positions = stream - cu_seqlens[which]
+    tokens = corpus.gather(documents[which], positions)
+    has_next = positions + 1 < lengths[which]
+    labels = np.full(len(stream), IGNORE_INDEX, np.int64)
+    labels[has_next] = corpus.gather(documents[which[has_next]], positions[has_next] + 1)
+
+    num_padding = max(-(-len(stream) // pad_to_multiple), 1) * pad_to_multiple - len(stream)
+    return LocalBatch(
+        input_ids=_row(tokens, num_padding, 0),
+        shift_labels=_row(labels, num_padding, IGNORE_INDEX),
+        position_ids=_row(positions, num_padding, 0),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max(initial=0)),
+        layout=layout,
+        cp_rank=cp_rank,
+        strategy="local" if group is None else group.strategy,
+        num_padding=num_padding,
+        num_valid=int(has_next.sum()),
+    )
+
+
+def valid_tokens(lengths: Sequence[int] | IntArray) -> int:
+    """Predicted tokens of a batch of documents: all but the first of each."""
+    return int(np.maximum(np.asarray(lengths, np.int64) - 1, 0).sum())
+
+
+def _row(values: IntArray, num_padding: int, fill: int) -> torch.Tensor:
+    return torch.from_numpy(np.pad(values, (0, num_padding), constant_values=fill)[None])
