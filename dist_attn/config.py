@@ -1,7 +1,7 @@
 """The run configuration: YAML into typed, validated classes, with every cross-field check.
 
-`load_config` is the only entrance. A wrong key, type or combination raises `ConfigError` that names
-the key path, what was given and what is allowed. Nothing here imports torch, so that a configuration
+`load_config` is the only entrance. A wrong key, type or combination raises `ConfigError` that
+names the key path, what was given and what is allowed. Nothing here imports torch, so that a configuration
 is refused before any rank starts work.
 """
 
@@ -54,8 +54,9 @@ class ModelConfig(_Section):
     head_dim: Positive | None = None
     rope_theta: PositiveFloat = 10000.0
     tie_word_embeddings: bool = False
-    #: Parameters and activations; the optimizer's copy is float32 in either case.
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    #: Parameters and activations; the optimizer's copy is float32 in either case. `auto` is bf16 on
+    #: GPUs and fp32 on CPUs.
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     #: Tokens whose logits exist at a time in the loss.
     loss_chunk_tokens: Positive = 1024
@@ -149,8 +150,9 @@ class PlannerConfig(_Section):
     degrees: Literal["powers_of_two", "all"] = "powers_of_two"
     max_degree: Positive | None = None
     max_micro_batches: Positive = 64
-    #: A cap on a rank's tokens per micro-batch, beside what its memory allows.
-    max_tokens_per_device: Positive | None = None
+    #: A cap on a rank's tokens per micro-batch, beside what its memory allows; a mapping caps the
+    #: devices that it names (`{cpu: 2048}`).
+    max_tokens_per_device: Positive | dict[str, Positive] | None = None
     time_limit_s: PositiveFloat = 5.0
     #: A folder of plan files (step-000000.json, ...) to carry out instead of solving.
     plans_dir: str | None = None
@@ -275,12 +277,21 @@ class Config(_Section):
                 f"({self.data.max_document_tokens}), so that no batch could hold such a document; "
                 f"raise the first or lower the second"
             )
-        if self.run.device == "cpu" and self.engine.zero_stage == 0 and self.model.dtype == "bf16":
+        if self.engine.zero_stage == 0 and self.model.dtype == "bf16":
             raise ValueError(
                 "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
                 "use zero_stage 1, 2 or 3, or dtype fp32"
             )
         return self
+
+    def on(self, device_type: str) -> Config:
+        """The same configuration with what is `auto` decided for `cpu` or `cuda`."""
+        if self.model.dtype != "auto":
+            return self
+        dtype = "bf16" if device_type == "cuda" else "fp32"
+        model = self.model.model_copy(update={"dtype": dtype})
+        # Validated again: the dtype may not go with the ZeRO stage.
+        return validate(Config, {**self.model_dump(), "model": model.model_dump()}, "configuration")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -354,10 +365,12 @@ def _set(data: dict[str, Any], item: str) -> None:
 
 def _complaint(kind: type[BaseModel], error: Any) -> str:
     # A union reports each of its members; their names in the path would only confuse.
-    loc = [str(p) for p in error["loc"] if not str(p).endswith("Config") and p != "str"]
+    loc = [str(p) for p in error["loc"] if not _is_union_member(str(p))]
     path = ".".join(loc) or "configuration"
     given = error["input"]
-    shown = f"got {type(given).__name__} {given!r}" if not isinstance(given, dict) else "got a mapping"
+    shown = (
+        f"got {type(given).__name__} {given!r}" if not isinstance(given, dict) else "got a mapping"
+    )
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(kind, loc[:-1])
@@ -368,6 +381,10 @@ def _complaint(kind: type[BaseModel], error: Any) -> str:
             return f"{path}: {error['ctx']['error']}"
         case _:
             return f"{path}: {error['msg']}, {shown}"
+
+
+def _is_union_member(part: str) -> bool:
+    return part.endswith("Config") or part in ("str", "int") or part.startswith(("dict[", "constr"))
 
 
 def _known_keys(kind: type[BaseModel], parents: list[str]) -> list[str]:

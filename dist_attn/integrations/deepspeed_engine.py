@@ -132,9 +132,7 @@ class DeepSpeedEngine:
     def _replicated_fragments(self) -> Iterator[Fragment]:
         for index, (name, param) in enumerate(self._params.items()):
             owned = index % self._world_size == self._rank
-            yield Fragment(
-                name, self._shapes[name], 0, self._views(param, 0, param.numel()), owned
-            )
+            yield Fragment(name, self._shapes[name], 0, self._views(param, 0, param.numel()), owned)
 
     def _linked_fragments(self) -> Iterator[Fragment]:
         masters = self._master_weights()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -17,7 +18,6 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
-from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
 ATTENTION_NAME = "dist_attn"
 #: Families whose attention layers call the interface with nothing but rotated q, k, v and a scale.
@@ -77,8 +77,8 @@ class _LossHead(nn.Module):
         super().__init__()
         if linear.bias is not None:
             raise ConfigError("a vocabulary projection with a bias is not supported")
-        self.weight = linear.weight
-        self.chunk_tokens = chunk_tokens
+        self.weight: Tensor = linear.weight
+        self.chunk_tokens: int = chunk_tokens
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy(
@@ -103,7 +103,7 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
         decoder = AutoModelForCausalLM.from_config(
             _llama_config(config, vocab_size), attn_implementation=ATTENTION_NAME
         )
-    decoder = decoder.to(_DTYPES[config.dtype])
+    nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
     if config.gradient_checkpointing:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -68,13 +69,13 @@ def save_checkpoint(
     partial = folder / f".{final.name}.partial"
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-    with runtime.together(), _writing(partial):
+    with runtime.together(), _Writing(partial):
         if runtime.is_main:
             partial.mkdir(parents=True)
     name = f"state-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors"
     written: dict[str, Any] = {}
     fragments = [f for f in engine.fragments() if f.owned]
-    with runtime.together(), _writing(partial / name):
+    with runtime.together(), _Writing(partial / name):
         tensors = {
             f"{key}|{f.start}|{f.name}": tensor.cpu().contiguous()
             for f in fragments
@@ -87,7 +88,7 @@ def save_checkpoint(
         written["fragments"] = [(f.name, f.start, f.numel) for f in fragments]
     shapes = {f.name: f.shape for f in fragments}
     files = runtime.gather((written, shapes))
-    with runtime.together(), _writing(final):
+    with runtime.together(), _Writing(final):
         if runtime.is_main:
             _finish(partial, final, state, files)
             _prune(folder, keep)
@@ -153,7 +154,7 @@ def load_checkpoint(path: Path, engine: Engine, runtime: Runtime) -> None:
     engine.refresh(manifest["state"]["step"])
 
 
-class _writing:
+class _Writing:
     """Turns the operating system's refusal to write into a CheckpointError that names the path."""
 
     def __init__(self, path: Path) -> None:
@@ -300,11 +301,11 @@ def _restore_random_state(file: Path, runtime: Runtime) -> None:
         torch.set_rng_state(reader.get_tensor("random|torch"))
         version, *words = reader.get_tensor("random|python").tolist()
         gauss = reader.get_tensor("random|python_gauss").item()
-        random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+        random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
         position, has_gauss, cached = reader.get_tensor("random|numpy_rest").tolist()
         keys = reader.get_tensor("random|numpy").numpy().astype(np.uint32)
         np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002
-        if runtime.device.type == "cuda" and "random|cuda" in reader.keys():
+        if runtime.device.type == "cuda" and "random|cuda" in list(reader.keys()):
             torch.cuda.set_rng_state(reader.get_tensor("random|cuda"), runtime.device)
 
 

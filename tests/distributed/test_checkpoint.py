@@ -86,7 +86,7 @@ def write_and_go_on(folder: str, stage: int, dtype: str) -> tuple[dict[str, Tens
     train(engine, range(3), torch_dtype)
     state = TrainState(step=3, epoch=0, offset=36, tokens=36, identity={"a": [1, 2]})
     save_checkpoint(Path(folder), engine, state, runtime_here(), keep=2)
-    drawn = float(torch.rand(()) + random.random() + np.random.random())
+    drawn = float(torch.rand(()) + random.random() + np.random.random())  # noqa: NPY002
     train(engine, range(3, 6), torch_dtype)
     return whole_state(engine), drawn
 
@@ -97,7 +97,7 @@ def resume_and_go_on(folder: str, stage: int, dtype: str) -> tuple[dict[str, Ten
     path = find_checkpoint(Path(folder), "latest")
     assert read_state(path).offset == 36
     load_checkpoint(path, engine, runtime_here())
-    drawn = float(torch.rand(()) + random.random() + np.random.random())
+    drawn = float(torch.rand(()) + random.random() + np.random.random())  # noqa: NPY002
     train(engine, range(3, 6), torch_dtype)
     return whole_state(engine), drawn
 

@@ -1,0 +1,224 @@
+"""The run: corpus, model, plans, steps, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dist_attn.config import Config
+from dist_attn.data import BatchSampler, Corpus, SamplerPosition
+from dist_attn.data.indexed import IntArray
+from dist_attn.groups import GroupPool
+from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
+from dist_attn.integrations.engine import Engine
+from dist_attn.integrations.hf import build_model
+from dist_attn.planner.plan import Plan
+from dist_attn.training.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from dist_attn.training.metrics import (
+    Reporter,
+    StepMetrics,
+    describe_groups,
+    imbalance,
+    memory_gib,
+)
+from dist_attn.training.planning import PlanningProblem, PlanSource
+from dist_attn.training.run_folder import RunFolder
+from dist_attn.training.runtime import Runtime, choose_device, start_runtime
+from dist_attn.training.schedule import learning_rate
+from dist_attn.training.setup import (
+    check_identity,
+    check_longest,
+    check_steps_left,
+    open_corpus_on_every_rank,
+    planning_problem,
+    run_identity,
+)
+from dist_attn.training.step import StepResult, StepRunner
+
+
+def train(config: Config, resume: str | None = None) -> None:
+    """Run or continue the configured training in this rank.
+
+    Args:
+        config: as read; what is `auto` is decided here.
+        resume: `latest`, or the name or path of a checkpoint; None for a new run.
+
+    Raises:
+        UserError: on every rank alike, when the input is at fault.
+
+    Collective: by all ranks; the process group is made from the environment and ended.
+    """
+    config = config.on(choose_device(config.run.device, 0).type)
+    runtime = start_runtime(config.run)
+    try:
+        _train(config, resume, runtime)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(config: Config, resume: str | None, runtime: Runtime) -> None:
+    folder = RunFolder(Path(config.run.dir))
+    corpus = open_corpus_on_every_rank(config, runtime)
+    problem = planning_problem(config, corpus, runtime)
+    with runtime.together():
+        check_longest(problem, corpus)
+    identity = run_identity(config, corpus)
+    state = TrainState(0, 0, 0, 0, identity)
+    checkpoint = None
+    with runtime.together():
+        if resume is not None:
+            checkpoint = find_checkpoint(folder.checkpoints, resume)
+            state = read_state(checkpoint)
+            check_identity(checkpoint, state.identity, identity)
+            check_steps_left(checkpoint, state.step, config.run.steps)
+    with runtime.together():
+        model = build_model(config.model, corpus.vocab_size, config.run.seed)
+        corpus.require_vocab(model.hf_config.vocab_size)
+    engine = DeepSpeedEngine(model, config, runtime.device)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, engine, runtime)
+    with runtime.together():
+        if runtime.is_main:
+            if checkpoint is None:
+                folder.create(config)
+            else:
+                folder.reopen(config, state.step)
+    with runtime.together():
+        folder.check_visible()
+    run = _Run(config, runtime, folder, corpus, engine, problem)
+    try:
+        run.go(state)
+    finally:
+        run.close()
+
+
+class _Run:
+    """The steps of a run on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        folder: RunFolder,
+        corpus: Corpus,
+        engine: Engine,
+        problem: PlanningProblem,
+    ) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._folder = folder
+        self._corpus = corpus
+        self._engine = engine
+        self._pool = GroupPool()
+        self._plans = PlanSource(problem, runtime, folder.plans)
+        self._runner = StepRunner(engine, corpus, config, runtime, self._pool)
+        self._sampler = BatchSampler(
+            corpus.lengths, config.data.batch, config.run.seed, config.data.shuffle
+        )
+
+    def go(self, state: TrainState) -> None:
+        """Do the steps that are left, and write checkpoints on the way."""
+        steps = self._config.run.steps
+        if not self._runtime.is_main:
+            self._steps(state, None)
+            return
+        with Reporter(self._config.logging, self._folder, state.step, steps) as reporter:
+            self._introduce(reporter, state)
+            self._steps(state, reporter)
+            reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
+
+    def close(self) -> None:
+        """End the planner's process and the groups."""
+        self._plans.close()
+        self._pool.close()
+
+    def _introduce(self, reporter: Reporter, state: TrainState) -> None:
+        runtime, engine = self._runtime, self._config.engine
+        reporter.say(f"corpus: {self._corpus.report}")
+        reporter.say(
+            f"{runtime.world_size} ranks on {runtime.device.type}, ZeRO {engine.zero_stage}, "
+            f"{self._config.model.dtype}; groups below: degree, r ring, u Ulysses, "
+            f"+ at a time, | one after another"
+        )
+        if state.step:
+            reporter.say(f"resumed at step {state.step}, {state.tokens:,} tokens trained")
+
+    def _steps(self, state: TrainState, reporter: Reporter | None) -> None:
+        ids, following = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
+        for step in range(state.step, self._config.run.steps):
+            begun = time.perf_counter()
+            plan, waited_s = self._plans.take(step, self._lengths(ids))
+            next_ids, after = self._sampler.batch(following)
+            if step + 1 < self._config.run.steps:
+                self._plans.prepare(step + 1, self._lengths(next_ids))
+            result = self._runner.accumulate(plan, ids)
+            lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
+            norm = self._engine.step(lr)
+            metrics = self._metrics(step, plan, result, begun, waited_s, lr, norm)
+            if reporter is not None:
+                reporter.step(metrics, plan)
+            state = TrainState(
+                step + 1, following.epoch, following.offset,
+                state.tokens + metrics.tokens, state.identity,
+            )  # fmt: skip
+            ids, following = next_ids, after
+            self._checkpoint(state, reporter)
+
+    def _lengths(self, ids: IntArray) -> tuple[int, ...]:
+        return tuple(int(n) for n in self._corpus.lengths[ids])
+
+    def _metrics(
+        self,
+        step: int,
+        plan: Plan,
+        result: StepResult,
+        begun: float,
+        waited_s: float,
+        lr: float,
+        norm: float,
+    ) -> StepMetrics:
+        device = self._runtime.device
+        mine = (time.perf_counter() - begun, result, memory_gib(device))
+        everyone: list[tuple[float, StepResult, float]] = self._runtime.gather(mine)
+        seconds = max(s for s, _, _ in everyone)
+        padding = sum(r.padding for _, r, _ in everyone)
+        tokens = sum(plan.lengths)
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=norm,
+            documents=len(plan.lengths),
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            step_s=seconds,
+            predicted_s=plan.predicted_s,
+            plan_wait_s=waited_s,
+            plan_solve_s=plan.solver.seconds,
+            plan_gap=plan.gap,
+            imbalance=imbalance([r.forward_s for _, r, _ in everyone]),
+            padding_share=padding / (tokens + padding),
+            memory_gib=max(m for _, _, m in everyone),
+            micro_batches=len(plan.micro_batches),
+            groups=describe_groups(plan),
+        )
+
+    def _checkpoint(self, state: TrainState, reporter: Reporter | None) -> None:
+        config = self._config.checkpoint
+        due = config.every_steps and state.step % config.every_steps == 0
+        at_end = config.at_end and state.step == self._config.run.steps
+        if not (due or at_end):
+            return
+        path = save_checkpoint(
+            self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
+        )
+        if reporter is not None:
+            reporter.say(f"checkpoint {path}")

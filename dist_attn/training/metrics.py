@@ -1,0 +1,179 @@
+"""What a run shows: a line per step, a progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from dist_attn.config import LoggingConfig
+from dist_attn.planner.plan import Plan
+from dist_attn.planner.preview import figure
+from dist_attn.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step, over all ranks."""
+
+    step: int
+    #: Mean cross-entropy of the step's valid tokens, nats.
+    loss: float
+    lr: float
+    grad_norm: float
+    documents: int
+    tokens: int
+    tokens_per_s: float
+    #: Whole step on the slowest rank, and what the plan promised for forward and backward.
+    step_s: float
+    predicted_s: float
+    #: Seconds that rank 0 waited for the plan.
+    plan_wait_s: float
+    plan_solve_s: float
+    plan_gap: float
+    #: Per micro-batch the slowest rank's forward over the ranks' mean forward, idle ranks included,
+    #: weighted by time. The backward is left out: it waits for other ranks' gradients.
+    imbalance: float
+    #: Padding among the tokens that went through the model.
+    padding_share: float
+    #: Fullest rank: peak of the CUDA allocator, or resident memory of the process.
+    memory_gib: float
+    micro_batches: int
+    #: The plan in short, such as `4r | 2u+1+1`.
+    groups: str
+
+
+def describe_groups(plan: Plan) -> str:
+    """A plan in short: micro-batches by `|`, degrees by `+`, r and u for ring and Ulysses.
+
+    Equal micro-batches and equal groups are counted: `2x(4r) | 3x1+5u`.
+    """
+    parts = []
+    for micro_batch in plan.micro_batches:
+        groups = Counter(
+            f"{g.degree}{'' if g.degree == 1 else g.strategy[0]}"
+            for g in sorted(micro_batch.groups, key=lambda g: -g.degree)
+        )
+        parts.append("+".join(f"{n}x{g}" if n > 1 else g for g, n in groups.items()))
+    counted = Counter(parts)
+    return " | ".join(f"{n}x({p})" if n > 1 else p for p, n in counted.items())
+
+
+def imbalance(forward_s: list[list[float]]) -> float:
+    """Largest over mean, per micro-batch and weighted by time.
+
+    Args:
+        forward_s: per rank, the forward seconds of each micro-batch.
+    """
+    by_micro_batch = list(zip(*forward_s, strict=True))
+    largest = sum(max(times) for times in by_micro_batch)
+    mean = sum(sum(times) / len(times) for times in by_micro_batch)
+    return largest / mean if mean > 0 else 1.0
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak of the CUDA allocator since the last call, or resident memory now."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(peak) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+class Reporter:
+    """Writes everything that is shown or recorded; on rank 0 only.
+
+    Use as a context manager, so that the progress bar leaves the terminal as it was.
+    """
+
+    def __init__(
+        self, config: LoggingConfig, folder: RunFolder, first_step: int, num_steps: int
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._num_steps = num_steps
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (config.progress_bar and sys.stdout.isatty()),
+        )
+        self._task = self._progress.add_task(
+            "train", total=num_steps, completed=first_step, loss="-"
+        )
+        self._writer: Any = None
+        if config.tensorboard:
+            self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+        self._lines = folder.metrics.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._lines.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        self.console.print(text, markup=False)
+
+    def step(self, metrics: StepMetrics, plan: Plan) -> None:
+        """Record one step."""
+        self._lines.write(json.dumps(asdict(metrics)) + "\n")
+        self._lines.flush()
+        self.say(_line(metrics, self._num_steps))
+        self._progress.update(self._task, completed=metrics.step + 1, loss=f"{metrics.loss:.4f}")
+        if self._writer is not None:
+            self._record(metrics, plan)
+
+    def _record(self, m: StepMetrics, plan: Plan) -> None:
+        scalars = {
+            "train/loss": m.loss,
+            "train/tokens_per_s": m.tokens_per_s,
+            "train/lr": m.lr,
+            "train/grad_norm": m.grad_norm,
+            "time/step_measured_s": m.step_s,
+            "time/step_predicted_s": m.predicted_s,
+            "time/plan_wait_s": m.plan_wait_s,
+            "time/plan_solve_s": m.plan_solve_s,
+            "balance/imbalance": m.imbalance,
+            "balance/padding_share": m.padding_share,
+            "memory/peak_gib": m.memory_gib,
+            "plan/micro_batches": m.micro_batches,
+            "plan/gap": m.plan_gap,
+        }
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, m.step)
+        every = self._config.plan_picture_every_steps
+        if every and m.step % every == 0:
+            self._writer.add_figure("plan/timeline", figure(plan), m.step)
+
+
+def _line(m: StepMetrics, num_steps: int) -> str:
+    width = len(str(num_steps - 1))
+    return (
+        f"step {m.step:{width}d}  loss {m.loss:.4f}  {m.documents:3d} docs {m.tokens:,} tokens  "
+        f"{m.step_s:.2f} s (plan {m.predicted_s:.2f} s)  {m.tokens_per_s:,.0f} tok/s  "
+        f"wait {m.plan_wait_s:.3f} s  imbalance {m.imbalance:.2f}  groups {m.groups}"
+    )

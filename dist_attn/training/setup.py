@@ -1,0 +1,153 @@
+"""What must be there and fit together before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from dist_attn.config import ClusterConfig, Config
+from dist_attn.data import Corpus, open_corpus
+from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
+from dist_attn.planner.cluster import Cluster, local_cluster
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.shape import ModelShape
+from dist_attn.training.planning import PlanningProblem
+from dist_attn.training.runtime import Runtime
+
+#: Change how the model is computed, not what it is.
+_FREE_MODEL_KEYS = ("gradient_checkpointing", "loss_chunk_tokens", "checkpoint")
+
+
+def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
+    """Open the corpus on rank 0, then once per node, then everywhere: only the first tokenises.
+
+    Collective: by all ranks.
+
+    Raises:
+        CorpusError: on every rank.
+    """
+    cache = Path(config.data.cache_dir or Path(config.run.dir).parent / "corpus-cache")
+    corpus: Corpus | None = None
+    for turn in range(3):
+        mine = 0 if runtime.is_main else 1 if runtime.local_rank == 0 else 2
+        with runtime.together():
+            if mine == turn:
+                corpus = _open(config, cache, show_progress=runtime.is_main)
+    assert corpus is not None
+    prints = runtime.gather(corpus.fingerprint)
+    different = [r for r, f in enumerate(prints) if f != prints[0]]
+    if different:
+        raise CorpusError(
+            f"rank {different[0]} reads another corpus than rank 0; give every node the same files"
+        )
+    return corpus
+
+
+def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
+    if not (show_progress and config.logging.progress_bar):
+        return open_corpus(config.data, cache)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("reading the corpus", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return open_corpus(config.data, cache, show)
+
+
+def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> PlanningProblem:
+    """Describe the cluster at hand and its costs to the planner.
+
+    Collective: by all ranks.
+
+    Raises:
+        ConfigError: on every rank, when the described cluster has another number of ranks.
+    """
+    with runtime.together():
+        shape = ModelShape.from_config(config.model, corpus.vocab_size)
+    names = runtime.gather(_device_name(runtime))
+    with runtime.together():
+        cluster = _cluster(config, runtime, names)
+        cost = CostModel.derive(
+            shape, cluster, config.engine.zero_stage, config.planner.max_tokens_per_device
+        )
+    return PlanningProblem(
+        cluster, cost, config.planner, tuple(config.attention.strategies), config.run.seed
+    )
+
+
+def _device_name(runtime: Runtime) -> str:
+    if runtime.device.type == "cpu":
+        return "cpu"
+    return str(torch.cuda.get_device_name(runtime.device))
+
+
+def _cluster(config: Config, runtime: Runtime, names: list[str]) -> Cluster:
+    described = config.cluster
+    if not isinstance(described, ClusterConfig):
+        return local_cluster(runtime.world_size, names, runtime.local_world_size)
+    if described.world_size != runtime.world_size:
+        raise ConfigError(
+            f"cluster: describes {described.world_size} devices, but {runtime.world_size} ranks "
+            f"run; start {described.world_size} ranks, or set cluster to 'auto'"
+        )
+    return Cluster.from_config(described)
+
+
+def check_longest(problem: PlanningProblem, corpus: Corpus) -> None:
+    """Refuse before training a document that no group can hold.
+
+    Raises:
+        UserError: naming the document, its length, the capacity and the remedy.
+    """
+    longest = int(corpus.lengths.argmax())
+    try:
+        problem.solve((int(corpus.lengths[longest]),))
+    except UserError as error:
+        raise type(error)(f"{corpus.name(longest)}: {error}") from None
+
+
+def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that wrote the checkpoint."""
+    data = config.model_dump(mode="json")
+    model = {k: v for k, v in data["model"].items() if k not in _FREE_MODEL_KEYS}
+    return {
+        "model": model,
+        "optimizer": data["optimizer"],
+        "batch": data["data"]["batch"],
+        "shuffle": data["data"]["shuffle"],
+        "seed": data["run"]["seed"],
+        "corpus": corpus.fingerprint,
+    }
+
+
+def check_identity(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise CheckpointError with every difference between the checkpoint's run and this one."""
+    changed = []
+    for key, value in here.items():
+        old = saved.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed += [
+                f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
+                for k, v in value.items()
+                if old.get(k) != v
+            ]
+        elif old != value:
+            changed.append(f"{key}: {old!r} there, {value!r} here")
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {path} is of another run; " + "; ".join(changed) + "; resume with the "
+            "configuration and corpus that it was made with"
+        )
+
+
+def check_steps_left(path: Path, step: int, steps: int) -> None:
+    """Raise CheckpointError when a checkpoint leaves nothing to do."""
+    if step >= steps:
+        raise CheckpointError(
+            f"checkpoint {path} has done all of run.steps ({steps}); to train further raise it, "
+            f"for example --set run.steps={step + steps}"
+        )

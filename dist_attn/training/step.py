@@ -1,0 +1,159 @@
+"""One optimizer step as the plan says: forward and backward of every micro-batch of this rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_attn.attention.context import AttentionContext
+from dist_attn.config import Config
+from dist_attn.data import Corpus, LocalBatch, build_local_batch, valid_tokens
+from dist_attn.data.indexed import IntArray
+from dist_attn.groups import CommGroup, GroupPool, single_rank_group
+from dist_attn.integrations.engine import Engine
+from dist_attn.masks import causal_documents
+from dist_attn.planner.plan import Group, MicroBatch, Plan
+from dist_attn.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's forward and backward gave."""
+
+    #: Mean over the valid tokens of the whole step, the same on every rank.
+    loss: float
+    #: This rank's forward seconds of each micro-batch.
+    forward_s: list[float]
+    #: This rank's tokens of documents, and its padding.
+    tokens: int
+    padding: int
+
+
+class StepRunner:
+    """Carries out plans on one rank."""
+
+    def __init__(
+        self, engine: Engine, corpus: Corpus, config: Config, runtime: Runtime, pool: GroupPool
+    ) -> None:
+        self._engine = engine
+        self._corpus = corpus
+        self._config = config
+        self._runtime = runtime
+        self._pool = pool
+
+    def accumulate(self, plan: Plan, document_ids: IntArray) -> StepResult:
+        """Forward and backward of the whole step; the gradients are then those of its mean loss.
+
+        A rank that is in no group of a micro-batch runs one token of padding, whose loss and
+        gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch.
+
+        Collective: by all ranks with the same plan.
+        """
+        total = valid_tokens(plan.lengths)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
+        watch = _Stopwatch(self._runtime.device)
+        tokens = padding = 0
+        last = len(plan.micro_batches) - 1
+        for index, micro_batch in enumerate(plan.micro_batches):
+            batch, context = self._local(micro_batch, document_ids)
+            watch.start()
+            loss = self._forward(batch, context)
+            watch.stop()
+            loss_sum += loss.detach().double()
+            # A step of one-token documents predicts nothing; its gradients are zero.
+            self._engine.backward(loss, max(total, 1), last=index == last)
+            tokens += batch.local_seq_len
+            padding += batch.num_padding
+        dist.all_reduce(loss_sum)
+        mean = float(loss_sum) / max(total, 1)
+        if not math.isfinite(mean):
+            names = ", ".join(self._corpus.name(int(d)) for d in document_ids[:5])
+            raise FloatingPointError(
+                f"the loss is {mean}; the step's first documents are {names}; the weights before "
+                f"this step are in the newest checkpoint"
+            )
+        return StepResult(mean, watch.seconds(), tokens, padding)
+
+    def _forward(self, batch: LocalBatch, context: AttentionContext) -> Tensor:
+        return self._engine.forward(
+            input_ids=batch.input_ids,
+            shift_labels=batch.shift_labels,
+            position_ids=batch.position_ids,
+            attention_context=context,
+        )
+
+    def _local(
+        self, micro_batch: MicroBatch, document_ids: IntArray
+    ) -> tuple[LocalBatch, AttentionContext]:
+        """This rank's tensors of a micro-batch, and how their attention is carried out."""
+        self._pool.ensure(g.ranks for g in micro_batch.groups)
+        group = next((g for g in micro_batch.groups if self._runtime.rank in g.ranks), None)
+        comm = self._comm_group(group)
+        batch = build_local_batch(
+            self._corpus,
+            document_ids,
+            group,
+            cp_rank=comm.cp_rank,
+            layout_kind=self._layout_kind(group),
+            pad_to_multiple=self._config.data.pad_to_multiple,
+        )
+        context = AttentionContext(
+            mask=causal_documents(batch.cu_seqlens.numpy()),
+            layout=batch.layout,
+            group=comm,
+            strategy=batch.strategy,
+            deterministic=self._config.attention.deterministic,
+            num_padding=batch.num_padding,
+        )
+        return batch.to(self._runtime.device, non_blocking=True), context
+
+    def _comm_group(self, group: Group | None) -> CommGroup:
+        if group is None:
+            return single_rank_group(self._runtime.rank)
+        return self._pool.get(group.ranks)
+
+    def _layout_kind(self, group: Group | None) -> str:
+        # All-to-all gives each rank whole sequences of some heads: any layout is balanced.
+        if group is None or group.strategy != "ring":
+            return "contiguous"
+        return self._config.attention.ring_layout
+
+
+class _Stopwatch:
+    """Seconds of intervals: of the host's clock on CPUs, of the device's stream on GPUs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def start(self) -> None:
+        self._mark()
+
+    def stop(self) -> None:
+        self._mark()
+
+    def seconds(self) -> list[float]:
+        """Waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        return [self._between(a, b) for a, b in pairs]
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    @staticmethod
+    def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
+        if isinstance(first, float) or isinstance(second, float):
+            return float(second) - float(first)  # type: ignore[arg-type]
+        return float(first.elapsed_time(second)) / 1e3
