@@ -1,0 +1,308 @@
+"""Block lists: which 64x64 tiles of the attention matrix the kernels visit, as compact tables.
+
+A mask is given as `Tiles`, the coordinates of every tile that is not empty, in any order. A tile is
+`FULL` (every score counts) or partial; a partial tile is cut by a rule that the kernel evaluates:
+`INTERVAL` (each query sees the keys of one or two half-open intervals: causal, window, documents,
+sinks, prefixes and their combinations) or, at `BITS + i`, by bit mask number i (anything else).
+
+`build_lists` turns tiles into the two tables that the kernels walk:
+
+- rows, for the forward: per (mask head, 128 queries) the listed key blocks of 64, two to a step.
+- columns, for the backward: per (mask head, two key blocks of 64) the listed query blocks of 64. The
+  two key blocks need not be neighbours: blocks that are read by the same queries share a column,
+  because a strided block is read by every later query and its neighbour by a few.
+
+In both, steps that need a mask come first, and the items of a head are sorted longest first. The
+mask's heads may be one for all, one per key/value head or one per query head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+ROW_QUERIES = 2 * BLOCK
+EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
+#: In an entry of a column: the query head inside its group, above the query block.
+HEAD_SHIFT = 24
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of 64x64 that are not empty, as coordinates.
+
+    `heads`, `q_blocks`, `k_blocks` and `kinds` are int tensors of one length; a tile occurs once.
+    `intervals` int32 [mask heads or 1, 2 or 4, q_len] holds rows lo, hi (, lo, hi) of key indices:
+    a query of a tile of kind INTERVAL sees key k if lo <= k < hi holds for one of the pairs.
+    `bits` int32 [n, 64, 2] holds 64 bits a row, low bit first, for kinds BITS + i.
+    """
+
+    q_len: int
+    k_len: int
+    num_mask_heads: int
+    heads: Tensor
+    q_blocks: Tensor
+    k_blocks: Tensor
+    kinds: Tensor
+    intervals: Tensor | None = None
+    bits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """What the kernels walk; every tensor is int32.
+
+    rows [R, 6]: mask head, row tile, first step, steps, first kind, masked steps.
+    row_blocks [S, 2]: the two key blocks of a step. row_kinds [M, 4]: kinds of a masked step in the
+    order (upper queries, first block), (upper, second), (lower, first), (lower, second).
+    cols [C, 7]: mask key head, key block, key block, first entry, entries, first kind, masked entries.
+    col_entries [E]: query block | head in group << 24. col_kinds [N, 2]: kinds by key block.
+    Items are sorted by mask head, then longest first.
+    """
+
+    q_len: int
+    k_len: int
+    num_mask_heads: int
+    num_mask_kv_heads: int
+    rows: Tensor
+    row_blocks: Tensor
+    row_kinds: Tensor
+    cols: Tensor
+    col_entries: Tensor
+    col_kinds: Tensor
+    intervals: Tensor
+    bits: Tensor | None
+    #: Tiles that are visited, for the reckoning of work: listed 64x64 tiles over all mask heads.
+    num_tiles: int
+    has_empty_rows: bool
+    has_empty_cols: bool
+
+    @property
+    def num_intervals(self) -> int:
+        """Intervals a query: 1 or 2."""
+        return self.intervals.shape[1] // 2
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all tables."""
+        tables = [self.rows, self.row_blocks, self.row_kinds, self.cols, self.col_entries]
+        tables += [self.col_kinds, self.intervals] + ([] if self.bits is None else [self.bits])
+        return sum(t.numel() * t.element_size() for t in tables)
+
+
+def num_blocks(length: int) -> int:
+    """Blocks of 64 that hold `length` tokens."""
+    return -(-length // BLOCK)
+
+
+def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
+    """Build the kernels' tables on the device of the tiles.
+
+    Args:
+        tiles: the tiles that are not empty.
+        heads_per_kv: how many of the MASK's heads share one key/value head; 1 unless the mask has one
+            head per query head and the model has grouped queries.
+
+    Raises:
+        ValueError: heads, coordinates or masks that do not fit together.
+    """
+    _check(tiles, heads_per_kv)
+    device = tiles.heads.device
+    intervals = tiles.intervals
+    if intervals is None:
+        intervals = torch.zeros(1, 2, tiles.q_len, dtype=torch.int32, device=device)
+        intervals[:, 1] = tiles.k_len
+    coords = [t.to(torch.int64) for t in (tiles.heads, tiles.q_blocks, tiles.k_blocks, tiles.kinds)]
+    heads, q_blocks, k_blocks, kinds = coords
+    # The last key block may reach past the keys: its columns there must be masked.
+    if tiles.k_len % BLOCK:
+        tail = (k_blocks == tiles.k_len // BLOCK) & (kinds == FULL)
+        if tiles.intervals is not None and bool(tail.any()):
+            raise ValueError(
+                f"key block {tiles.k_len // BLOCK} holds {tiles.k_len % BLOCK} of {BLOCK} keys and "
+                f"cannot be FULL; list it as INTERVAL"
+            )
+        kinds = torch.where(tail, INTERVAL, kinds)
+    rows, row_blocks, row_kinds = _rows(tiles, heads, q_blocks, k_blocks, kinds)
+    cols, col_entries, col_kinds = _cols(tiles, heads_per_kv, (heads, q_blocks, k_blocks, kinds))
+    num_rows = tiles.num_mask_heads * -(-tiles.q_len // ROW_QUERIES)
+    listed = torch.unique(heads // heads_per_kv * num_blocks(tiles.k_len) + k_blocks).numel()
+    num_kv = tiles.num_mask_heads // heads_per_kv
+    return BlockLists(
+        q_len=tiles.q_len,
+        k_len=tiles.k_len,
+        num_mask_heads=tiles.num_mask_heads,
+        num_mask_kv_heads=num_kv,
+        rows=rows.to(torch.int32).contiguous(),
+        row_blocks=row_blocks.to(torch.int32).contiguous(),
+        row_kinds=row_kinds.to(torch.int32).contiguous(),
+        cols=cols.to(torch.int32).contiguous(),
+        col_entries=col_entries.to(torch.int32).contiguous(),
+        col_kinds=col_kinds.to(torch.int32).contiguous(),
+        intervals=intervals.to(torch.int32).contiguous(),
+        bits=None if tiles.bits is None else tiles.bits.to(torch.int32).contiguous(),
+        num_tiles=heads.numel(),
+        has_empty_rows=rows.shape[0] < num_rows,
+        has_empty_cols=listed < num_kv * num_blocks(tiles.k_len),
+    )
+
+
+def _check(tiles: Tiles, heads_per_kv: int) -> None:
+    n = tiles.heads.numel()
+    if any(t.numel() != n for t in (tiles.q_blocks, tiles.k_blocks, tiles.kinds)):
+        raise ValueError("heads, q_blocks, k_blocks and kinds of the tiles must have one length")
+    if heads_per_kv < 1 or tiles.num_mask_heads % heads_per_kv:
+        raise ValueError(
+            f"the mask's heads must be a multiple of heads_per_kv, got {tiles.num_mask_heads} and "
+            f"{heads_per_kv}"
+        )
+    if tiles.q_len <= 0 or tiles.k_len <= 0 or num_blocks(tiles.q_len) >= 1 << HEAD_SHIFT:
+        raise ValueError(f"no lists for {tiles.q_len} queries and {tiles.k_len} keys")
+    if tiles.intervals is not None:
+        heads, bounds, length = tiles.intervals.shape
+        fits = heads in (1, tiles.num_mask_heads) and bounds in (2, 4) and length == tiles.q_len
+        if not fits:
+            raise ValueError(
+                f"intervals must be [1 or {tiles.num_mask_heads}, 2 or 4, {tiles.q_len}], "
+                f"got {list(tiles.intervals.shape)}"
+            )
+    if not n:
+        return
+    limits = {
+        "heads": (tiles.heads, tiles.num_mask_heads),
+        "q_blocks": (tiles.q_blocks, num_blocks(tiles.q_len)),
+        "k_blocks": (tiles.k_blocks, num_blocks(tiles.k_len)),
+        "kinds": (tiles.kinds, BITS + (0 if tiles.bits is None else tiles.bits.shape[0])),
+    }
+    for name, (values, limit) in limits.items():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} of the tiles must lie in [0, {limit}), got {low} to {high}")
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Exclusive running sum."""
+    return torch.cumsum(counts, 0) - counts
+
+
+def _longest_first(head: Tensor, length: Tensor) -> Tensor:
+    """Order by head, then by falling length; equal items keep their order."""
+    return torch.argsort(
+        head * (int(length.max()) + 1 if length.numel() else 1) - length, stable=True
+    )
+
+
+def _rows(
+    tiles: Tiles, heads: Tensor, q_blocks: Tensor, k_blocks: Tensor, kinds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tiles = -(-tiles.q_len // ROW_QUERIES)
+    num_k = num_blocks(tiles.k_len)
+    row = heads * num_tiles + q_blocks // 2
+    keys, inverse = torch.unique(row * num_k + k_blocks, return_inverse=True)
+    pair = torch.zeros(keys.numel(), 2, dtype=torch.int64, device=keys.device)
+    pair[inverse, q_blocks % 2] = kinds
+    row, block = keys // num_k, keys % num_k
+    # Where the second half of the last tile holds no query, nothing is stored from it.
+    if num_blocks(tiles.q_len) % 2:
+        pair[:, 1] = torch.where(row % num_tiles == num_tiles - 1, pair[:, 0], pair[:, 1])
+    full = (pair == FULL).all(1)
+    # Masked entries first; among them those of one half together, so that a half can skip a step.
+    rank = torch.where(
+        full, 3, torch.where(pair[:, 1] == EMPTY, 0, torch.where(pair[:, 0] == EMPTY, 2, 1))
+    )
+    order = torch.argsort((row * 4 + rank) * num_k + block)
+    row, block, pair, full = row[order], block[order], pair[order], full[order]
+    row_id, counts = torch.unique_consecutive(row, return_counts=True)
+    masked = torch.zeros_like(counts).index_add_(
+        0, torch.repeat_interleave(counts), (~full).to(torch.int64)
+    )
+    # An odd row gets one entry of nothing, behind the masked ones.
+    odd = counts % 2
+    steps = (counts + odd) // 2
+    item = torch.repeat_interleave(counts)
+    inside = torch.arange(row.numel(), device=row.device) - _starts(counts)[item]
+    place = _starts(steps)[item] * 2 + inside + odd[item] * full
+    total = int(steps.sum()) * 2
+    blocks = torch.full((total,), -1, dtype=torch.int64, device=row.device)
+    all_kinds = torch.zeros(total, 2, dtype=torch.int64, device=row.device)
+    blocks[place] = block
+    all_kinds[place] = pair
+    blocks = blocks.view(-1, 2)
+    # The entry of nothing points at its neighbour's block: a load in bounds that is in use anyway.
+    blocks = torch.where(blocks < 0, blocks.flip(1), blocks)
+    masked_steps = (masked + odd + 1) // 2
+    step_kinds = all_kinds.view(-1, 2, 2).transpose(1, 2).reshape(-1, 4)
+    step_item = torch.repeat_interleave(steps)
+    step_inside = torch.arange(step_item.numel(), device=row.device) - _starts(steps)[step_item]
+    row_kinds = step_kinds[step_inside < masked_steps[step_item]]
+    head, tile = row_id // num_tiles, row_id % num_tiles
+    columns = [head, tile, _starts(steps), steps, _starts(masked_steps), masked_steps]
+    table = torch.stack(columns, 1)[_longest_first(head, steps)]
+    return table, blocks, row_kinds
+
+
+def _cols(
+    tiles: Tiles, heads_per_kv: int, coords: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, q_blocks, k_blocks, kinds = coords
+    num_q, num_k = num_blocks(tiles.q_len), num_blocks(tiles.k_len)
+    kv_head, in_group = heads // heads_per_kv, heads % heads_per_kv
+    column, side, pairs = _pair_key_blocks(kv_head * num_k + k_blocks, q_blocks, (num_q, num_k))
+    per_column = heads_per_kv * num_q
+    # Queries from the last to the first: long columns then read the same queries at the same time.
+    position = in_group * num_q + (num_q - 1 - q_blocks)
+    keys, inverse = torch.unique(column * per_column + position, return_inverse=True)
+    pair = torch.zeros(keys.numel(), 2, dtype=torch.int64, device=keys.device)
+    pair[inverse, side] = kinds
+    column, position = keys // per_column, keys % per_column
+    full = (pair == FULL).all(1)
+    order = torch.argsort((column * 2 + full) * per_column + position)
+    column, position, pair, full = column[order], position[order], pair[order], full[order]
+    entry = (num_q - 1 - position % num_q) | (position // num_q) << HEAD_SHIFT
+    counts = torch.bincount(column, minlength=pairs.shape[0])
+    masked = torch.bincount(column, weights=(~full).double(), minlength=pairs.shape[0]).to(
+        torch.int64
+    )
+    head = pairs[:, 0]
+    columns = [head, pairs[:, 1], pairs[:, 2], _starts(counts), counts, _starts(masked), masked]
+    table = torch.stack(columns, 1)[_longest_first(head, counts)]
+    return table, entry, pair[~full]
+
+
+def _pair_key_blocks(
+    block: Tensor, q_blocks: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put every listed key block into a column of two.
+
+    Blocks whose last query is the same and that are read by a similar number of queries go together:
+    this pairs strided blocks with strided ones, neighbours inside a document, and neighbours elsewhere.
+
+    Returns:
+        The column and the side of every tile, and [columns, 3]: mask key head and the two key blocks
+        (a block without a partner stands twice; its second side then has no entries).
+    """
+    num_q, num_k = sizes
+    listed, inverse, counts = torch.unique(block, return_inverse=True, return_counts=True)
+    last = torch.zeros_like(listed).scatter_reduce_(0, inverse, q_blocks, "amax")
+    head = listed // num_k
+    widest = int(counts.max()) + 1 if counts.numel() else 1
+    likeness = (num_q - last) * widest + (widest - counts)
+    order = torch.argsort(head * ((num_q + 1) * widest) + likeness, stable=True)
+    per_head = torch.unique_consecutive(head[order], return_counts=True)[1]
+    inside = torch.arange(order.numel(), device=block.device)
+    inside -= torch.repeat_interleave(_starts(per_head), per_head)
+    first_column = _starts((per_head + 1) // 2)
+    column_of = torch.repeat_interleave(first_column, per_head) + inside // 2
+    side_of = inside % 2
+    num_columns = int(((per_head + 1) // 2).sum())
+    pairs = torch.full((num_columns, 3), -1, dtype=torch.int64, device=block.device)
+    pairs[column_of, 0] = head[order]
+    pairs[column_of, side_of + 1] = listed[order] % num_k
+    pairs[:, 2] = torch.where(pairs[:, 2] < 0, pairs[:, 1], pairs[:, 2])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=block.device)
+    place = place[inverse]
+    return column_of[place], side_of[place], pairs
