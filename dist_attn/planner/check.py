@@ -1,0 +1,88 @@
+"""An independent check of a plan: it shares no code with the solver and recomputes everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_attn.errors import PlanError
+from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.cost import Costs, GroupKind
+from dist_attn.planner.plan import Group, Plan
+
+
+def check_plan(
+    plan: Plan, lengths: Sequence[int], cluster: Cluster, cost: Costs, *, tolerance: float = 1e-6
+) -> None:
+    """Raise PlanError, naming everything that is wrong, unless the plan is sound.
+
+    Checked: it is for these lengths and this cluster; every document lies in exactly one group; groups
+    of a micro-batch have disjoint ranks; tokens add up; no rank holds more than it can; the strategy is
+    allowed; times follow from the cost model; the predicted time is the sum over micro-batches of the
+    slowest group; the lower bound is not above it.
+    """
+    wrong: list[str] = []
+    if list(plan.lengths) != [int(n) for n in lengths]:
+        wrong.append("the plan is for other lengths")
+    if plan.world_size != cluster.world_size:
+        wrong.append(f"the plan is for {plan.world_size} ranks, not {cluster.world_size}")
+    if wrong:
+        raise PlanError("; ".join(wrong))
+    counts = [0] * len(plan.lengths)
+    total = 0.0
+    for m, micro_batch in enumerate(plan.micro_batches):
+        used: set[int] = set()
+        slowest = 0.0
+        for g, group in enumerate(micro_batch.groups):
+            name = f"micro-batch {m} group {g}"
+            if used & set(group.ranks) or len(set(group.ranks)) != len(group.ranks):
+                wrong.append(f"{name}: a rank is used twice")
+            if not all(0 <= r < cluster.world_size for r in group.ranks):
+                wrong.append(f"{name}: a rank outside the cluster")
+                continue
+            used |= set(group.ranks)
+            for d in group.documents:
+                counts[d] += 1
+            seconds = _check_group(name, group, plan, cluster, cost, wrong)
+            if not math.isclose(seconds, group.time_s, rel_tol=tolerance, abs_tol=1e-12):
+                wrong.append(f"{name}: predicted {group.time_s} s, recomputed {seconds} s")
+            slowest = max(slowest, seconds)
+        total += slowest
+    for d, count in enumerate(counts):
+        if count != 1:
+            wrong.append(f"document {d} lies in {count} groups")
+    if not math.isclose(total, plan.predicted_s, rel_tol=tolerance, abs_tol=1e-12):
+        wrong.append(f"the plan predicts {plan.predicted_s} s, recomputed {total} s")
+    if plan.lower_bound_s > plan.predicted_s * (1 + tolerance):
+        wrong.append(f"the lower bound {plan.lower_bound_s} s is above {plan.predicted_s} s")
+    if wrong:
+        raise PlanError("the plan is not sound: " + "; ".join(wrong[:20]))
+
+
+def _check_group(
+    name: str, group: Group, plan: Plan, cluster: Cluster, cost: Costs, wrong: list[str]
+) -> float:
+    kinds = {cluster.device_of[r] for r in group.ranks}
+    kind = GroupKind(
+        degree=group.degree,
+        strategy=group.strategy,
+        pool=kinds.pop() if len(kinds) == 1 else -1,
+        crosses_nodes=len({cluster.node_of[r] for r in group.ranks}) > 1,
+    )
+    if (group.strategy == "local") != (group.degree == 1) or not cost.allows(kind):
+        wrong.append(f"{name}: strategy '{group.strategy}' on {group.degree} ranks")
+    lengths = np.array([plan.lengths[d] for d in group.documents], dtype=np.int64)
+    tokens = int(lengths.sum())
+    if tokens != group.tokens:
+        wrong.append(f"{name}: {group.tokens} tokens stated, {tokens} held")
+    if tokens > group.degree * cost.capacity_tokens(kind):
+        wrong.append(
+            f"{name}: {tokens} tokens on {group.degree} ranks of {cost.capacity_tokens(kind)}"
+        )
+    return (
+        cost.fixed_s(kind)
+        + float(cost.compute_s(kind, lengths).sum())
+        + float(cost.communication_s(kind, lengths).sum())
+    )

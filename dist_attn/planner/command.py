@@ -1,0 +1,75 @@
+"""`dist-attn plan`: a plan for a list of lengths, without training and without the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from dist_attn.config import ClusterConfig, Config, load_config
+from dist_attn.errors import ConfigError, PlanError
+from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.lengths import read_lengths
+from dist_attn.planner.plan import Plan
+from dist_attn.planner.preview import print_plan, write_preview
+from dist_attn.planner.shape import ModelShape
+from dist_attn.planner.solve import plan, static_plan
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """What `dist-attn plan` was asked for."""
+
+    cfg: str
+    lengths: str
+    out: str
+    overrides: Sequence[str] = field(default_factory=tuple)
+
+
+def run_plan_command(args: PlanArguments, console: Console | None = None) -> Plan:
+    """Plan the lengths of a file, print the plan, and write plan.json, plan.png and plan.html.
+
+    Raises:
+        UserError: the configuration, the lengths or the batch is refused; nothing is written then.
+    """
+    console = console or Console(highlight=False)
+    config = load_config(args.cfg, list(args.overrides))
+    lengths = read_lengths(args.lengths)
+    cluster = described_cluster(config)
+    cost = cost_model(config, cluster)
+    strategies = config.attention.strategies
+    found = plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
+    static = static_plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
+    print_plan(found, static, console)
+    try:
+        files = write_preview(found, static, args.out)
+    except OSError as error:
+        raise PlanError(f"cannot write into {args.out}: {error}") from None
+    console.print("wrote " + ", ".join(str(f) for f in files), soft_wrap=True)
+    return found
+
+
+def described_cluster(config: Config) -> Cluster:
+    """The cluster of a configuration, which must describe it.
+
+    Raises:
+        ConfigError: the configuration leaves the cluster to the ranks that run.
+    """
+    if not isinstance(config.cluster, ClusterConfig):
+        raise ConfigError(
+            "cluster is 'auto', which only a run can resolve; name a cluster file, such as "
+            "--set cluster=configs/clusters/h100_64.yaml"
+        )
+    return Cluster.from_config(config.cluster)
+
+
+def cost_model(config: Config, cluster: Cluster, vocab_size: int | None = None) -> CostModel:
+    """The derived cost model of a run."""
+    return CostModel.derive(
+        ModelShape.from_config(config.model, vocab_size),
+        cluster,
+        config.engine.zero_stage,
+        config.planner.max_tokens_per_device,
+    )

@@ -1,0 +1,235 @@
+"""What a group of ranks costs: seconds of its documents, bytes of its fullest rank.
+
+A group's time is `fixed + sum over its documents of (compute + communication)`, where each term
+depends on the document's length, the degree, the strategy, the devices and whether the group crosses
+nodes. Keeping it a sum over documents is what makes the planner's program linear.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_attn.errors import PlanError
+from dist_attn.planner.cluster import Cluster, fingerprint
+from dist_attn.planner.shape import ModelShape
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupKind:
+    """All that a group's cost depends on beside its documents."""
+
+    degree: int
+    strategy: str
+    #: Kind of device, or -1: any, as slow and as small as the weakest.
+    pool: int = 0
+    crosses_nodes: bool = False
+
+
+class Costs(Protocol):
+    """What the planner asks of a cost model."""
+
+    def allows(self, kind: GroupKind) -> bool:
+        """Whether the model can be run by such groups."""
+
+    def fixed_s(self, kind: GroupKind) -> float:
+        """Seconds of a group before its first token."""
+
+    def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Seconds that each document adds to its group by computation."""
+
+    def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Seconds that each document adds by communication that computation does not hide."""
+
+    def capacity_tokens(self, kind: GroupKind) -> int:
+        """Tokens that one rank of such a group can hold."""
+
+    def memory_bytes(self, tokens: int) -> int:
+        """Bytes of a rank that holds so many tokens."""
+
+    def fingerprint(self) -> str:
+        """A short hash of the coefficients."""
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """Fitted or derived rates of one kind of device."""
+
+    #: Forward and backward of everything but attention, per token; per attended pair; per group.
+    linear_s_per_token: float
+    attention_s_per_pair: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class LinkRates:
+    """A link as a group's exchanges see it."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of a transformer with causal documents, from rates, bytes and latencies.
+
+    With n tokens in a document, area A = n (n + 1) / 2 and degree d:
+
+    - compute: (linear n + pair A) / d, exactly the work, never n squared.
+    - ulysses: all-to-all of queries, keys, values and outputs, forward and backward. A rank sends the
+      share of its n / d tokens that leaves the node over the slower link while the rest stays inside.
+      Key/value heads are repeated up to d where there are fewer.
+    - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients. Each
+      document's exchange is hidden behind that document's own attention; the excess counts.
+    - fixed: the cluster's micro-batch overhead and the latencies of every layer's exchanges
+      (d - 1 messages for a ring, log2 d for an all-to-all).
+    """
+
+    shape: ModelShape
+    #: Per kind of device of the cluster.
+    devices: tuple[DeviceRates, ...]
+    intra_node: LinkRates
+    inter_node: LinkRates
+    devices_per_node: int
+    micro_batch_overhead_s: float
+    static_bytes: int
+    bytes_per_token: int
+    max_tokens_per_device: int | None = None
+    #: Share of a ring exchange that attention can hide.
+    ring_overlap: float = 0.9
+    #: Where the coefficients come from: `derived` or a calibration file.
+    source: str = field(default="derived", compare=False)
+
+    @classmethod
+    def derive(
+        cls,
+        shape: ModelShape,
+        cluster: Cluster,
+        zero_stage: int,
+        max_tokens_per_device: int | None = None,
+    ) -> CostModel:
+        """Work out the coefficients from the model's operations and the devices' rates.
+
+        Forward and backward of a matrix take 2 + 4 operations per parameter and token; of attention
+        4 head_dim + 10 head_dim per pair and head (the backward does five products for two). With
+        recomputation the forward is paid twice.
+        """
+        forwards = 2 if shape.gradient_checkpointing else 1
+        linear = (2 * forwards + 4) * shape.matrix_parameters
+        pair = (4 * forwards + 10) * shape.head_dim * shape.num_heads * shape.num_layers
+        return cls(
+            shape=shape,
+            devices=tuple(
+                DeviceRates(
+                    linear_s_per_token=linear / d.linear_flops_per_s,
+                    attention_s_per_pair=pair / d.attention_flops_per_s,
+                    memory_bytes=d.memory_bytes,
+                )
+                for d in cluster.devices
+            ),
+            intra_node=LinkRates(cluster.intra_node.bytes_per_s, cluster.intra_node.latency_s),
+            inter_node=LinkRates(cluster.inter_node.bytes_per_s, cluster.inter_node.latency_s),
+            devices_per_node=max(len(n) for p in cluster.pools for n in p),
+            micro_batch_overhead_s=cluster.micro_batch_overhead_s,
+            static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
+            bytes_per_token=shape.activation_bytes_per_token,
+            max_tokens_per_device=max_tokens_per_device,
+        )
+
+    def allows(self, kind: GroupKind) -> bool:
+        """All-to-all gives every rank at least one query head."""
+        return kind.strategy != "ulysses" or kind.degree <= self.shape.num_heads
+
+    def fixed_s(self, kind: GroupKind) -> float:
+        """Overhead of a micro-batch and the latencies of its exchanges."""
+        if kind.degree == 1:
+            return self.micro_batch_overhead_s
+        latency_s = (self.inter_node if kind.crosses_nodes else self.intra_node).latency_s
+        # Calls per layer: forward, backward, and the forward again when it is recomputed.
+        passes = 3 if self.shape.gradient_checkpointing else 2
+        if kind.strategy == "ulysses":
+            messages = 4 * math.log2(kind.degree)
+        else:
+            messages = kind.degree - 1
+        return self.micro_batch_overhead_s + self.shape.num_layers * passes * messages * latency_s
+
+    def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Linear and attention work of each document, shared evenly."""
+        return (self._linear_s(kind) * lengths + self._attention_s(kind, lengths)) / kind.degree
+
+    def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Exchange that attention does not hide."""
+        if kind.degree == 1:
+            return np.zeros(len(lengths))
+        if kind.strategy == "ulysses":
+            return self._ulysses_s_per_token(kind) * lengths
+        exchange = self._ring_s_per_token(kind) * lengths
+        hidden = self.ring_overlap * self._attention_s(kind, lengths) / kind.degree
+        return np.maximum(exchange - hidden, 0.0)
+
+    def capacity_tokens(self, kind: GroupKind) -> int:
+        """Tokens that a rank of this kind of device can hold: its memory, or the configured cap."""
+        return self.tokens_per_device(kind.pool)
+
+    def tokens_per_device(self, pool: int = -1) -> int:
+        """Capacity of one device of a pool (-1: of the smallest) in tokens."""
+        devices = self.devices if pool < 0 else (self.devices[pool],)
+        free = min(d.memory_bytes for d in devices) - self.static_bytes
+        tokens = free // self.bytes_per_token
+        if tokens < 1:
+            raise PlanError(
+                f"the model leaves no memory for tokens: parameters, gradients, optimizer and logits "
+                f"take {self.static_bytes / 2**30:.1f} GiB of "
+                f"{min(d.memory_bytes for d in devices) / 2**30:.1f} GiB on each rank; use a higher "
+                f"ZeRO stage, more ranks or devices with more memory"
+            )
+        cap = self.max_tokens_per_device
+        return tokens if cap is None else min(tokens, cap)
+
+    def memory_bytes(self, tokens: int) -> int:
+        """Static memory and that of the tokens."""
+        return self.static_bytes + tokens * self.bytes_per_token
+
+    def fingerprint(self) -> str:
+        """A short hash of the coefficients."""
+        data = asdict(self)
+        data.pop("source")
+        return fingerprint(data)
+
+    def _linear_s(self, kind: GroupKind) -> float:
+        devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)
+        return max(d.linear_s_per_token for d in devices)
+
+    def _attention_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)
+        n = lengths.astype(np.float64)
+        return max(d.attention_s_per_pair for d in devices) * n * (n + 1) / 2
+
+    def _ulysses_s_per_token(self, kind: GroupKind) -> float:
+        shape, d = self.shape, kind.degree
+        kv_heads = max(shape.num_kv_heads, min(d, shape.num_heads))
+        elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
+        passes = 3 if shape.gradient_checkpointing else 2
+        sent = elements * shape.bytes_per_element * passes * shape.num_layers / d
+        if not kind.crosses_nodes:
+            return sent * (d - 1) / d / self.intra_node.bytes_per_s
+        inside = min(self.devices_per_node, d)
+        return max(
+            sent * (inside - 1) / d / self.intra_node.bytes_per_s,
+            sent * max(d - inside, 1) / d / self.inter_node.bytes_per_s,
+        )
+
+    def _ring_s_per_token(self, kind: GroupKind) -> float:
+        shape, d = self.shape, kind.degree
+        link = self.inter_node if kind.crosses_nodes else self.intra_node
+        kv = 2 * shape.num_kv_heads * shape.head_dim
+        forwards = 2 if shape.gradient_checkpointing else 1
+        sent = kv * ((forwards + 1) * shape.bytes_per_element + 4) * shape.num_layers
+        return sent * (d - 1) / d / link.bytes_per_s

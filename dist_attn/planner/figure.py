@@ -1,0 +1,107 @@
+"""The timeline of a plan as a matplotlib figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from dist_attn.planner.plan import MicroBatch, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: From few ranks to many: cool to warm, readable with black text, told apart by the colour-blind.
+PALETTE = ("#9ecae1", "#6baed6", "#4fb3bf", "#74c476", "#c7e26a", "#fdd05a", "#fdae6b", "#f4795b")
+_IDLE = "#d9d9d9"
+
+
+def degree_colour(degree: int) -> str:
+    """One colour per power of two."""
+    return PALETTE[min((degree - 1).bit_length(), len(PALETTE) - 1)]
+
+
+def blocks(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ranks as (first, count) intervals."""
+    found: list[tuple[int, int]] = []
+    for r in sorted(ranks):
+        if found and sum(found[-1]) == r:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((r, 1))
+    return found
+
+
+def figure(plan: Plan, width_in: float = 10.0) -> Figure:
+    """Draw ranks as rows, time to the right, groups as blocks with their degree, idle hatched."""
+    height = min(max(2.2 + 0.11 * plan.world_size, 3.2), 9.0)
+    fig = Figure(figsize=(width_in, height), layout="constrained")
+    axes = fig.add_subplot()
+    start, degrees = 0.0, set()
+    for micro_batch in plan.micro_batches:
+        _draw(axes, plan, micro_batch, start)
+        degrees |= {g.degree for g in micro_batch.groups}
+        start += micro_batch.time_s
+        axes.axvline(start, color="#404040", linewidth=0.8)
+    axes.set_xlim(0, start or 1.0)
+    axes.set_ylim(plan.world_size, 0)
+    axes.set_xlabel("predicted time (s)")
+    axes.set_ylabel("rank")
+    step = max(1, plan.world_size // 16)
+    ticks = range(0, plan.world_size, step)
+    axes.set_yticks([t + 0.5 for t in ticks], [str(t) for t in ticks])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{len(plan.lengths)} documents, {sum(plan.lengths):,} tokens on {plan.world_size} ranks: "
+        f"{plan.predicted_s:.3g} s, {plan.gap:.1%} above the lower bound",
+        fontsize=10,
+        loc="left",
+    )
+    legend = [
+        Patch(facecolor=degree_colour(d), edgecolor="#404040", linewidth=0.4, label=f"degree {d}")
+        for d in sorted(degrees)
+    ]
+    legend.append(Patch(facecolor="white", edgecolor=_IDLE, hatch="////", label="idle"))
+    fig.legend(handles=legend, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
+    return fig
+
+
+def _draw(axes: Axes, plan: Plan, micro_batch: MicroBatch, start: float) -> None:
+    end = micro_batch.time_s
+    axes.add_patch(
+        Rectangle(
+            (start, 0),
+            end,
+            plan.world_size,
+            facecolor="white",
+            edgecolor=_IDLE,
+            hatch="////",
+            linewidth=0,
+        )
+    )
+    total = plan.predicted_s or 1.0
+    for group in micro_batch.groups:
+        intervals = blocks(group.ranks)
+        for first, count in intervals:
+            axes.add_patch(
+                Rectangle(
+                    (start, first),
+                    group.time_s,
+                    count,
+                    facecolor=degree_colour(group.degree),
+                    edgecolor="#404040",
+                    linewidth=0.4 if plan.world_size <= 128 else 0.1,
+                )
+            )
+        first, count = max(intervals, key=lambda b: b[1])
+        # A label where it can be read.
+        if count * 64 >= plan.world_size and group.time_s > 0.025 * total:
+            axes.text(
+                start + group.time_s / 2,
+                first + count / 2,
+                str(group.degree),
+                ha="center",
+                va="center",
+                fontsize=7 if count > 1 or plan.world_size <= 32 else 5,
+            )

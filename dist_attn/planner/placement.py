@@ -1,0 +1,92 @@
+"""From groups as counted to groups of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.cost import Costs, GroupKind
+from dist_attn.planner.packing import OpenGroup
+from dist_attn.planner.plan import Group, MicroBatch
+from dist_attn.planner.program import Program
+
+
+def place(
+    program: Program, groups: list[OpenGroup], cluster: Cluster, cost: Costs
+) -> tuple[MicroBatch, ...]:
+    """Give every group its ranks, and each group the strategy that is best for all its documents.
+
+    Large groups come first and take ranks in order, so that the same sets of ranks return from
+    micro-batch to micro-batch and step to step.
+    """
+    by_micro_batch: dict[int, list[OpenGroup]] = {}
+    for group in groups:
+        by_micro_batch.setdefault(group.micro_batch, []).append(group)
+    found = [_place_one(program, members, cluster, cost) for members in by_micro_batch.values()]
+    return tuple(sorted(found, key=lambda m: -m.time_s))
+
+
+def _place_one(
+    program: Program, members: list[OpenGroup], cluster: Cluster, cost: Costs
+) -> MicroBatch:
+    classes = program.classes
+
+    def size(group: OpenGroup) -> tuple[bool, bool, int, int]:
+        kind = classes[group.cls].kind
+        # Groups of any device come last; within a pool those that need whole nodes come first.
+        return (kind.pool < 0, not kind.crosses_nodes, -kind.degree, group.documents[0])
+
+    free = [[list(node) for node in pool] for pool in cluster.pools]
+    placed = []
+    for group in sorted(members, key=size):
+        kind = classes[group.cls].kind
+        ranks = tuple(sorted(_take(free, kind)))
+        placed.append(describe(program, group, ranks, cluster, cost))
+    return MicroBatch(tuple(placed))
+
+
+def _take(free: list[list[list[int]]], kind: GroupKind) -> list[int]:
+    nodes = free[kind.pool] if kind.pool >= 0 else [node for pool in free for node in pool]
+    if not kind.crosses_nodes:
+        fitting = [n for n in nodes if len(n) >= kind.degree]
+        if fitting:
+            node = min(fitting, key=len)
+            taken = node[: kind.degree]
+            del node[: kind.degree]
+            return taken
+    taken = []
+    for node in sorted(nodes, key=len, reverse=True):
+        part = node[: kind.degree - len(taken)]
+        del node[: len(part)]
+        taken += part
+    assert len(taken) == kind.degree, "packing counted the devices"
+    return taken
+
+
+def describe(
+    program: Program, group: OpenGroup, ranks: tuple[int, ...], cluster: Cluster, cost: Costs
+) -> Group:
+    """The group as the plan tells it, with what it costs where it really lies."""
+    kind = program.classes[group.cls].kind
+    crosses = cluster.spans_nodes(ranks)
+    lengths = program.lengths[np.array(group.documents)]
+    strategies = {c.kind.strategy for c in program.classes if c.degree == kind.degree}
+    best: Group | None = None
+    for strategy in sorted(strategies):
+        actual = GroupKind(kind.degree, strategy, kind.pool, crosses)
+        if not cost.allows(actual) or lengths.sum() > kind.degree * cost.capacity_tokens(actual):
+            continue
+        found = Group(
+            ranks=ranks,
+            strategy=strategy,
+            documents=tuple(sorted(int(program.order[i]) for i in group.documents)),
+            tokens=int(lengths.sum()),
+            overhead_s=cost.fixed_s(actual),
+            compute_s=float(cost.compute_s(actual, lengths).sum()),
+            communication_s=float(cost.communication_s(actual, lengths).sum()),
+            memory_bytes=cost.memory_bytes(-(-int(lengths.sum()) // kind.degree)),
+        )
+        if best is None or found.time_s < best.time_s:
+            best = found
+    assert best is not None, "the packing's own strategy is allowed"
+    return best

@@ -1,0 +1,124 @@
+"""The sizes of a decoder that cost and memory depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_attn.config import ModelConfig
+from dist_attn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-type decoder: grouped-query attention, gated MLP, no biases."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    bytes_per_element: int = 2
+    gradient_checkpointing: bool = False
+    tie_word_embeddings: bool = False
+    loss_chunk_tokens: int = 1024
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, vocab_size: int | None = None) -> ModelShape:
+        """Read the sizes from the configuration, or from its checkpoint's config.json.
+
+        Args:
+            config: the model section of a run configuration.
+            vocab_size: the tokenizer's, for a configuration that leaves it to the tokenizer.
+
+        Raises:
+            ConfigError: the checkpoint's config.json cannot be read or lacks a size.
+        """
+        shared = {
+            "bytes_per_element": 2 if config.dtype == "bf16" else 4,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "loss_chunk_tokens": config.loss_chunk_tokens,
+        }
+        if config.checkpoint is not None:
+            return cls(**_sizes_of_checkpoint(Path(config.checkpoint) / "config.json"), **shared)
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.resolved_head_dim,
+            # 256 bytes and a handful of special tokens: the built-in tokenizer.
+            vocab_size=config.vocab_size or vocab_size or 260,
+            tie_word_embeddings=config.tie_word_embeddings,
+            **shared,
+        )
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters that every token is multiplied with: layers and the output projection."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (attention + mlp) + self.hidden_size * self.vocab_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters."""
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        embedding = 0 if self.tie_word_embeddings else self.hidden_size * self.vocab_size
+        return self.matrix_parameters + norms + embedding
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Memory that one token needs on its rank at the fullest moment of a step.
+
+        A layer keeps its input twice, the inputs of its two norms' successors, queries, keys, values,
+        the attention output, and three tensors of the MLP. With recomputation only the input of every
+        layer stays, and one layer is live twice over (its activations and their gradients).
+        """
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        elements = 4 * self.hidden_size + 2 * q + 2 * kv + 3 * self.intermediate_size
+        layer = elements * self.bytes_per_element + 4 * self.num_heads
+        if not self.gradient_checkpointing:
+            return (self.num_layers + 1) * layer
+        return self.num_layers * self.hidden_size * self.bytes_per_element + 2 * layer
+
+    @property
+    def logits_bytes(self) -> int:
+        """One chunk of logits, its float32 copy and its gradient."""
+        return self.loss_chunk_tokens * self.vocab_size * (4 + 2 * self.bytes_per_element)
+
+    def static_bytes(self, world_size: int, zero_stage: int) -> int:
+        """Parameters, gradients (float32 sums) and AdamW's state on one rank under a ZeRO stage."""
+        n = self.num_parameters
+        shard = -(-n // world_size)
+        parameters = (shard if zero_stage >= 3 else n) * self.bytes_per_element
+        gradients = (shard if zero_stage >= 2 else n) * 4
+        # Two moments, and a float32 copy where the parameters are shorter than that.
+        states = (8 if self.bytes_per_element == 4 else 12) * (shard if zero_stage >= 1 else n)
+        return parameters + gradients + states
+
+
+def _sizes_of_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        heads = data["num_attention_heads"]
+        return {
+            "hidden_size": data["hidden_size"],
+            "intermediate_size": data["intermediate_size"],
+            "num_layers": data["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": data.get("num_key_value_heads") or heads,
+            "head_dim": data.get("head_dim") or data["hidden_size"] // heads,
+            "vocab_size": data["vocab_size"],
+            "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.checkpoint: cannot read the sizes from {path} ({type(error).__name__}: {error}); "
+            f"give a folder that holds a transformers config.json"
+        ) from None
