@@ -109,7 +109,8 @@ def _open_texts(
     cached = folder.exists()
     if not cached:
         with _locked(folder.with_name(folder.name + ".lock")):
-            if not folder.exists():
+            cached = folder.exists()
+            if not cached:
                 _build(source, tokenizer, folder, progress)
     summary = _load_summary(folder / "summary.json")
     reader = IndexedReader(folder / "tokens")

@@ -93,17 +93,14 @@ def test_one_of_several_callers_builds(folder, monkeypatch):
     write = cache._write_store
     monkeypatch.setattr(cache, "_write_store", lambda *args: (built.append(1), write(*args)))
     found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(text_corpus(folder).fingerprint))
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(text_corpus(folder))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(built) == 1
-    assert len(set(found)) == 1
-    assert len(found) == 4
+    assert len({corpus.fingerprint for corpus in found}) == 1
+    assert sorted(corpus.report.cached for corpus in found) == [False, True, True, True]
 
 
 def test_failed_build_leaves_no_corpus(folder):
