@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 
-from dist_attn.config import ClusterConfig, Config, load_config
+from dist_attn.config import ClusterConfig, Config
 from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import CostModel
@@ -18,25 +17,16 @@ from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.solve import plan, static_plan
 
 
-@dataclass(frozen=True)
-class PlanArguments:
-    """What `dist-attn plan` was asked for."""
-
-    cfg: str
-    lengths: str
-    out: str
-    overrides: Sequence[str] = field(default_factory=tuple)
-
-
-def run_plan_command(args: PlanArguments, console: Console | None = None) -> Plan:
+def run_plan_command(
+    config: Config, lengths_file: str | Path, out: str | Path, console: Console | None = None
+) -> Plan:
     """Plan the lengths of a file, print the plan, and write plan.json, plan.png and plan.html.
 
     Raises:
         UserError: the configuration, the lengths or the batch is refused; nothing is written then.
     """
     console = console or Console(highlight=False)
-    config = load_config(args.cfg, list(args.overrides))
-    lengths = read_lengths(args.lengths)
+    lengths = read_lengths(lengths_file)
     cluster = described_cluster(config)
     cost = cost_model(config, cluster)
     strategies = config.attention.strategies
@@ -44,9 +34,9 @@ def run_plan_command(args: PlanArguments, console: Console | None = None) -> Pla
     static = static_plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
     print_plan(found, static, console)
     try:
-        files = write_preview(found, static, args.out)
+        files = write_preview(found, static, out)
     except OSError as error:
-        raise PlanError(f"cannot write into {args.out}: {error}") from None
+        raise PlanError(f"cannot write into {out}: {error}") from None
     console.print("wrote " + ", ".join(str(f) for f in files), soft_wrap=True)
     return found
 

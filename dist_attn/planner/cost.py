@@ -8,6 +8,7 @@ nodes. Keeping it a sum over documents is what makes the planner's program linea
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -62,10 +63,12 @@ class Costs(Protocol):
 class DeviceRates:
     """Fitted or derived rates of one kind of device."""
 
-    #: Forward and backward of everything but attention, per token; per attended pair; per group.
+    #: Forward and backward of everything but attention, per token; of attention, per attended pair.
     linear_s_per_token: float
     attention_s_per_pair: float
     memory_bytes: int
+    #: A configured cap on a rank's tokens.
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,6 @@ class CostModel:
     micro_batch_overhead_s: float
     static_bytes: int
     bytes_per_token: int
-    max_tokens_per_device: int | None = None
     #: Share of a ring exchange that attention can hide.
     ring_overlap: float = 0.9
     #: Where the coefficients come from: `derived` or a calibration file.
@@ -113,14 +115,21 @@ class CostModel:
         shape: ModelShape,
         cluster: Cluster,
         zero_stage: int,
-        max_tokens_per_device: int | None = None,
+        max_tokens_per_device: int | Mapping[str, int] | None = None,
     ) -> CostModel:
         """Work out the coefficients from the model's operations and the devices' rates.
 
         Forward and backward of a matrix take 2 + 4 operations per parameter and token; of attention
         4 head_dim + 10 head_dim per pair and head (the backward does five products for two). With
         recomputation the forward is paid twice.
+
+        Args:
+            shape: the model.
+            cluster: where it runs.
+            zero_stage: how parameters, gradients and optimizer state are sharded.
+            max_tokens_per_device: a cap on every rank's tokens, or one per kind of device by name.
         """
+        caps = max_tokens_per_device
         forwards = 2 if shape.gradient_checkpointing else 1
         linear = (2 * forwards + 4) * shape.matrix_parameters
         pair = (4 * forwards + 10) * shape.head_dim * shape.num_heads * shape.num_layers
@@ -131,6 +140,7 @@ class CostModel:
                     linear_s_per_token=linear / d.linear_flops_per_s,
                     attention_s_per_pair=pair / d.attention_flops_per_s,
                     memory_bytes=d.memory_bytes,
+                    max_tokens=caps.get(d.name) if isinstance(caps, Mapping) else caps,
                 )
                 for d in cluster.devices
             ),
@@ -140,7 +150,6 @@ class CostModel:
             micro_batch_overhead_s=cluster.micro_batch_overhead_s,
             static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
             bytes_per_token=shape.activation_bytes_per_token,
-            max_tokens_per_device=max_tokens_per_device,
         )
 
     def allows(self, kind: GroupKind) -> bool:
@@ -181,17 +190,18 @@ class CostModel:
     def tokens_per_device(self, pool: int = -1) -> int:
         """Capacity of one device of a pool (-1: of the smallest) in tokens."""
         devices = self.devices if pool < 0 else (self.devices[pool],)
-        free = min(d.memory_bytes for d in devices) - self.static_bytes
-        tokens = free // self.bytes_per_token
+        return min(self._tokens(d) for d in devices)
+
+    def _tokens(self, device: DeviceRates) -> int:
+        tokens = (device.memory_bytes - self.static_bytes) // self.bytes_per_token
         if tokens < 1:
             raise PlanError(
-                f"the model leaves no memory for tokens: parameters, gradients, optimizer and logits "
-                f"take {self.static_bytes / 2**30:.1f} GiB of "
-                f"{min(d.memory_bytes for d in devices) / 2**30:.1f} GiB on each rank; use a higher "
-                f"ZeRO stage, more ranks or devices with more memory"
+                f"the model leaves no memory for tokens: parameters, gradients, optimizer and "
+                f"logits take {self.static_bytes / 2**30:.1f} GiB of "
+                f"{device.memory_bytes / 2**30:.1f} GiB on each rank; use a higher ZeRO stage, "
+                f"more ranks or devices with more memory"
             )
-        cap = self.max_tokens_per_device
-        return tokens if cap is None else min(tokens, cap)
+        return tokens if device.max_tokens is None else min(tokens, device.max_tokens)
 
     def memory_bytes(self, tokens: int) -> int:
         """Static memory and that of the tokens."""
