@@ -1,0 +1,6 @@
+"""One attention call carried out by the ranks of a group."""
+
+from dist_attn.attention.api import attend_with_context, attention
+from dist_attn.attention.context import AttentionContext
+
+__all__ = ["AttentionContext", "attend_with_context", "attention"]

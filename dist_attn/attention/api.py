@@ -1,0 +1,160 @@
+"""The attention call: q, k and v of this rank's tokens in, their output out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dist_attn_kernels.dense import choose_backend
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dist_attn.attention.context import AttentionContext
+from dist_attn.attention.ring import Ring
+from dist_attn.attention.strategy import Call, Local, Strategy
+from dist_attn.attention.ulysses import Ulysses
+from dist_attn.attention.workload import Kernel, workload
+from dist_attn.comm.ledger import Ledger
+from dist_attn.errors import PlanError
+from dist_attn.groups import CommGroup
+from dist_attn.layout import Layout
+from dist_attn.masks import Mask
+
+STRATEGIES: dict[str, Strategy] = {"local": Local(), "ring": Ring(), "ulysses": Ulysses()}
+
+
+def attention(  # noqa: PLR0913
+    q_LHD: Tensor,
+    k_LKD: Tensor,
+    v_LKD: Tensor,
+    *,
+    mask: Mask,
+    layout: Layout,
+    group: CommGroup,
+    strategy: str,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    ledger: Ledger | None = None,
+) -> Any:
+    """Softmax attention over a stream that the ranks of a group hold together.
+
+    Args:
+        q_LHD: queries of this rank's tokens, in stream order.
+        k_LKD: keys; the number of query heads is a multiple of theirs.
+        v_LKD: values.
+        mask: what may attend to what, in stream positions.
+        layout: which rank holds which tokens; local lengths may differ and may be 0.
+        group: the ranks.
+        strategy: `local`, `ring` or `ulysses`; a group of one is always local.
+        softmax_scale: factor of the scores, by default 1 / sqrt(D).
+        return_lse: also return the normaliser.
+        deterministic: bitwise the same result every time, at some cost on a GPU.
+        ledger: counts calls and bytes sent.
+
+    Returns:
+        out [L, H, D]; with `return_lse` also lse [H, L], the natural logarithm of the softmax's
+        denominator, float32 (float64 for float64 inputs), which carries no gradient. A query
+        without keys has out 0 and lse -inf.
+
+    Raises:
+        PlanError: tensors, layout and group do not fit, or nothing can compute this combination.
+
+    Collective:
+        Every rank of the group, in the forward and again in the backward. ring: at most
+        cp_size - 1 exchanges of keys and values; backward also of their gradients, in float32.
+        ulysses: two all-to-alls; backward two, or three if key/value heads are replicated.
+
+    Numerics:
+        Parts are merged, and gradients added up, in float32.
+    """
+    _check(q_LHD, k_LKD, v_LKD, layout, group)
+    if strategy not in STRATEGIES:
+        raise PlanError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
+    if group.cp_size == 1:
+        strategy = "local"
+    elif strategy == "local":
+        raise PlanError(f"strategy 'local' is for one rank, the group has {group.cp_size}")
+    scale = q_LHD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    backend = choose_backend(q_LHD.device, q_LHD.dtype, q_LHD.shape[-1]).backend
+    call = Call(
+        work=workload(mask, layout, group.cp_rank),
+        group=group,
+        kernel=Kernel(backend, scale, deterministic),
+        num_kv_heads=k_LKD.shape[1],
+        ledger=ledger,
+    )
+    out, lse = _Attention.apply(q_LHD, k_LKD, v_LKD, call, STRATEGIES[strategy], return_lse)
+    return (out, lse) if return_lse else out
+
+
+def attend_with_context(
+    q_LHD: Tensor,
+    k_LKD: Tensor,
+    v_LKD: Tensor,
+    context: AttentionContext,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of one layer in the context of a micro-batch.
+
+    The last `context.num_padding` tokens belong to no document: their output is 0 and their
+    gradients are 0, so that a rank whose tokens are all padding still runs forward and backward.
+    """
+    num_tokens = q_LHD.shape[0] - context.num_padding
+    out = attention(
+        q_LHD[:num_tokens],
+        k_LKD[:num_tokens],
+        v_LKD[:num_tokens],
+        mask=context.mask,
+        layout=context.layout,
+        group=context.group,
+        strategy=context.strategy,
+        softmax_scale=softmax_scale,
+        deterministic=context.deterministic,
+        ledger=context.ledger,
+    )
+    return F.pad(out, (0, 0, 0, 0, 0, context.num_padding)) if context.num_padding else out
+
+
+class _Attention(torch.autograd.Function):
+    """A strategy's forward and backward as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, strategy: Strategy, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse, residuals = strategy.forward(call, q, k, v, with_lse)
+        ctx.save_for_backward(*residuals)
+        ctx.call, ctx.strategy = call, strategy
+        if not with_lse:
+            return out, None
+        if lse is not None:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = ctx.strategy.backward(ctx.call, ctx.saved_tensors, dout.contiguous())
+        return dq, dk, dv, None, None, None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, group: CommGroup) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise PlanError(f"attention takes q [L, H, D] and k, v [L, K, D], got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise PlanError(f"query heads must be a multiple of key/value heads, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise PlanError(
+            f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, "
+            f"{k.dtype} on {k.device}, {v.dtype} on {v.device}"
+        )
+    if layout.cp_size != group.cp_size:
+        raise PlanError(f"the layout is for {layout.cp_size} ranks, the group has {group.cp_size}")
+    local = layout.local_seq_len(group.cp_rank)
+    if not q.shape[0] == k.shape[0] == local:
+        raise PlanError(
+            f"the layout gives {local} tokens to rank {group.cp_rank} of the group, got {shapes}"
+        )

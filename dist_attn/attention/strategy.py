@@ -1,0 +1,65 @@
+"""The interface of a strategy: one attention call carried out by the ranks of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dist_attn_kernels.dense import Saved
+from torch import Tensor
+
+from dist_attn.attention.accumulate import RowSum, SoftmaxSum
+from dist_attn.attention.workload import Gradients, Kernel, Workload
+from dist_attn.comm.ledger import Ledger
+from dist_attn.groups import CommGroup
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a strategy needs beside the tensors."""
+
+    work: Workload
+    group: CommGroup
+    kernel: Kernel
+    num_kv_heads: int
+    ledger: Ledger | None = None
+
+
+#: What the forward keeps for the backward; which tensors these are is the strategy's own business.
+Residuals = tuple[Tensor, ...]
+
+
+class Strategy(Protocol):
+    """Forward and backward of one strategy. Every rank of the group calls them together."""
+
+    def forward(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Residuals]:
+        """Return out [L, H, D], lse [H, L] if wanted, and what the backward needs."""
+
+    def backward(
+        self, call: Call, residuals: Residuals, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the local q, k and v."""
+
+
+class Local:
+    """The strategy of a group of one."""
+
+    def forward(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Residuals]:
+        """See `Strategy`."""
+        total = SoftmaxSum(q, v.shape[-1])
+        call.work.stream.forward(call.kernel, q, k, v, total)
+        out, lse = total.result()
+        return out, lse, (q, k, v, out, lse)
+
+    def backward(
+        self, call: Call, residuals: Residuals, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Strategy`."""
+        q, k, v, out, lse = residuals
+        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
+        call.work.stream.backward(call.kernel, Saved(dout, q, k, v, out, lse), total)
+        return total.dq.result(), total.dk.result(), total.dv.result()

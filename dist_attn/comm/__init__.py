@@ -1,0 +1,1 @@
+"""Moving tensors between the ranks of a group, and counting what was moved."""

@@ -1,0 +1,286 @@
+"""Every strategy, layout and number of ranks gives the attention of one process."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dist_attn.attention import AttentionContext, attend_with_context, attention
+from dist_attn.comm.ledger import Ledger
+from dist_attn.errors import PlanError
+from dist_attn.groups import CommGroup
+from dist_attn.layout import from_intervals, make_layout
+from dist_attn.masks import Causal, Documents, Full, Mask
+from tests.attention_cases import (
+    NAMES,
+    Case,
+    assert_as_good_as_torch,
+    dense_mask,
+    error,
+    exact,
+)
+from tests.ranks import run_ranks
+
+ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
+
+
+def world_group() -> CommGroup:
+    ranks = tuple(range(dist.get_world_size()))
+    return CommGroup(ranks, dist.get_rank(), dist.group.WORLD)
+
+
+def mask_of(name: str, case: Case) -> Mask:
+    masks = {
+        "full": Full(),
+        "causal": Causal(),
+        "documents": Documents(case.cu_seqlens),
+        "causal documents": Causal() & Documents(case.cu_seqlens),
+    }
+    return masks[name]
+
+
+def layout_of(kind: str, case: Case):
+    cp_size = dist.get_world_size()
+    if kind == "scattered":
+        owner = np.random.default_rng(case.seed).integers(0, cp_size, case.seq_len)
+        owner[owner == cp_size - 1] = 0  # the last rank holds nothing
+        held = [np.flatnonzero(owner == r) for r in range(cp_size)]
+        return from_intervals(case.seq_len, [np.stack([p, p + 1], 1) for p in held])
+    return make_layout(kind, case.cu_seqlens, cp_size)
+
+
+def attend(case: Case, mask_name: str, layout_kind: str, strategy: str, **kwargs) -> dict:
+    """One rank's part of out, lse and gradients, with its positions and ledger."""
+    group, layout, ledger = world_group(), layout_of(layout_kind, case), Ledger()
+    positions = torch.from_numpy(layout.positions(group.cp_rank))
+    x = {name: t[positions] for name, t in case.tensors().items()}
+    for name in "qkv":
+        x[name].requires_grad_()
+    out, lse = attention(
+        x["q"], x["k"], x["v"], mask=mask_of(mask_name, case), layout=layout, group=group,
+        strategy=strategy, return_lse=True, ledger=ledger, **kwargs,
+    )  # fmt: skip
+    forward = dict(ledger.sent_bytes)
+    out.backward(x["dout"])
+    return {
+        "positions": positions,
+        "out": out.detach(),
+        "lse": lse.t(),
+        **{f"d{n}": x[n].grad for n in "qkv"},
+        "calls": dict(ledger.calls),
+        "forward_bytes": forward,
+        "all_bytes": dict(ledger.sent_bytes),
+    }
+
+
+def together(parts: list[dict], case: Case) -> dict[str, Tensor]:
+    """The whole stream from the ranks' parts; what no rank wrote stays NaN."""
+    whole = {}
+    for name in (*NAMES, "lse"):
+        first = parts[0][name]
+        whole[name] = first.new_full((case.seq_len, *first.shape[1:]), float("nan"))
+        for part in parts:
+            whole[name][part["positions"]] = part[name]
+    return whole
+
+
+def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int) -> None:
+    parts = run_ranks(attend, cp_size, case, mask_name, layout_kind, strategy)
+    whole = together(parts, case)
+    allowed = dense_mask(mask_of(mask_name, case), case)
+    assert_as_good_as_torch(whole, case, allowed)
+    tolerance = max(1e-5, torch.finfo(case.dtype).eps)
+    torch.testing.assert_close(
+        whole["lse"].double(), exact(case, allowed)["lse"].t(), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout_kind", ["contiguous", "zigzag", "scattered"])
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_causal_documents(strategy, layout_kind, cp_size):
+    check(ODD, "causal documents", layout_kind, strategy, cp_size)
+
+
+@pytest.mark.parametrize("mask_name", ["full", "causal", "documents"])
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_masks(strategy, mask_name):
+    check(ODD, mask_name, "zigzag", strategy, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_dtypes(strategy, dtype):
+    check(Case((5, 50, 33), dtype=dtype, head_dim=16), "causal documents", "zigzag", strategy, 4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_large_scores(strategy):
+    check(Case((40, 9), scale_of_q=3e3), "causal documents", "zigzag", strategy, 3)
+
+
+@pytest.mark.parametrize("heads", [(6, 1), (6, 2), (6, 6), (5, 5), (2, 1), (8, 4)])
+def test_head_counts_that_do_not_divide(heads):
+    case = Case((13, 20), num_heads=heads[0], num_kv_heads=heads[1])
+    check(case, "causal documents", "zigzag", "ulysses", 4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("lengths", [(), (0,), (1,), (2, 0, 1), (7,)])
+def test_few_tokens(lengths, strategy):
+    check(Case(lengths), "causal documents", "zigzag", strategy, 3)
+
+
+def test_the_error_does_not_grow_with_the_ranks():
+    case = Case((300,), dtype=torch.bfloat16, head_dim=16)
+    want = exact(case, dense_mask(Causal(), case))
+    errors = {}
+    for cp_size in (1, 2, 4):
+        parts = run_ranks(attend, cp_size, case, "causal", "zigzag", "ring")
+        got = together(parts, case)
+        errors[cp_size] = {n: error(got[n], want[n]) for n in NAMES}
+    for name in NAMES:
+        assert errors[4][name] <= 1.5 * errors[1][name]
+
+
+def test_the_wrong_mask_is_far_outside_the_tolerance():
+    parts = run_ranks(attend, 3, ODD, "causal", "zigzag", "ring")
+    whole = together(parts, ODD)
+    allowed = dense_mask(mask_of("causal documents", ODD), ODD)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_good_as_torch(whole, ODD, allowed)
+
+
+def test_ring_sends_each_block_as_far_as_it_is_needed():
+    case = Case((64,))
+    parts = run_ranks(attend, 4, case, "causal", "zigzag", "ring")
+    kv_bytes = 2 * 16 * case.num_kv_heads * case.head_dim * 4
+    for part in parts:
+        assert part["forward_bytes"] == {"kv": 3 * kv_bytes}
+        # Gradients travel as often as keys and values did, one step later.
+        assert part["all_bytes"] == {"kv": 6 * kv_bytes, "dkv": 3 * kv_bytes}
+        assert part["calls"] == {"kv": 6, "dkv": 3}
+
+
+def test_ring_sends_nothing_between_documents_on_single_ranks():
+    case = Case((16, 16, 16, 16))
+    for part in run_ranks(attend, 4, case, "causal documents", "contiguous", "ring"):
+        assert part["all_bytes"] == {}
+
+
+def test_ring_stops_where_nobody_needs_the_block():
+    case = Case((16, 32, 16))
+    parts = run_ranks(attend, 4, case, "causal documents", "contiguous", "ring")
+    kv_bytes = 2 * 16 * case.num_kv_heads * case.head_dim * 4
+    sent = [part["forward_bytes"].get("kv", 0) for part in parts]
+    assert sent == [0, kv_bytes, 0, 0]
+    everything = [part["all_bytes"] for part in parts]
+    assert everything == [{}, {"kv": 2 * kv_bytes}, {"dkv": kv_bytes}, {}]
+
+
+def test_ulysses_replicates_heads_only_as_far_as_needed():
+    case = Case((64,), num_heads=4, num_kv_heads=2)
+    parts = run_ranks(attend, 4, case, "causal", "contiguous", "ulysses")
+    per_head = 16 * case.head_dim * 4
+    for part in parts:
+        # Forward: to each of 3 others one query head and one head each of keys and values; back
+        # the output; and the normaliser, which was asked for.
+        assert part["forward_bytes"] == {"all_to_all": 3 * (3 + 1) * per_head + 3 * 16 * 4}
+
+
+def attend_twice_with_checkpoint(case: Case, strategy: str) -> float:
+    group, layout = world_group(), layout_of("zigzag", case)
+    mask = mask_of("causal documents", case)
+    positions = torch.from_numpy(layout.positions(group.cp_rank))
+    x = {name: t[positions] for name, t in case.tensors().items()}
+    weight = torch.eye(case.head_dim).requires_grad_()
+
+    def layer(hidden: Tensor) -> Tensor:
+        k, v = hidden[:, ::2], hidden[:, 1::2]
+        return attention(
+            hidden @ weight, k, v, mask=mask, layout=layout, group=group, strategy=strategy
+        )
+
+    def grads(use_checkpoint: bool) -> list[Tensor]:
+        hidden = x["q"].clone().requires_grad_()
+        weight.grad = None
+        h = hidden
+        for _ in range(2):
+            h = checkpoint(layer, h, use_reentrant=False) if use_checkpoint else layer(h)
+        h.backward(x["dout"])
+        return [hidden.grad, weight.grad]
+
+    plain, again = grads(False), grads(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    return plain[1].norm().item()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_twice_in_a_graph_and_under_checkpointing(strategy):
+    assert all(n > 0 for n in run_ranks(attend_twice_with_checkpoint, 3, ODD, strategy))
+
+
+def attend_with_padding(num_padding: int, strategy: str) -> dict[str, Tensor]:
+    """Every rank pads its own tokens; the last one holds nothing else."""
+    case = Case((9, 6))
+    group = world_group()
+    layout = from_intervals(15, [np.array([[0, 8]]), np.array([[8, 15]]), np.empty((0, 2))])
+    context = AttentionContext(
+        mask_of("causal documents", case), layout, group, strategy, num_padding=num_padding
+    )
+    tensors = case.tensors()
+    x = {}
+    for name in "qkv":
+        local = tensors[name][layout.positions(group.cp_rank)]
+        padding = torch.full((num_padding, *local.shape[1:]), 1e9)
+        x[name] = torch.cat([local, padding]).requires_grad_()
+    out = attend_with_context(x["q"], x["k"], x["v"], context)
+    out.square().sum().backward()
+    return {"out": out.detach(), **{f"d{n}": x[n].grad for n in "qkv"}}
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_padding_changes_nothing(strategy):
+    without = run_ranks(attend_with_padding, 3, 0, strategy)
+    padded = run_ranks(attend_with_padding, 3, 5, strategy)
+    for a, b in zip(without, padded, strict=True):
+        for name in NAMES:
+            assert torch.equal(a[name], b[name][:-5])
+            assert torch.equal(b[name][-5:], torch.zeros_like(b[name][-5:]))
+
+
+def refused_calls() -> list[str]:
+    group = world_group()
+    layout = make_layout("zigzag", [0, 8], 2)
+    q = torch.zeros(4, 2, 8)
+    good = {"mask": Causal(), "layout": layout, "group": group, "strategy": "ring"}
+    messages = []
+    for tensors, change in (
+        ((q, q, q), {"strategy": "local"}),
+        ((q, q, q), {"strategy": "magic"}),
+        ((q[:3], q[:3], q[:3]), {}),
+        ((q, q.double(), q), {}),
+        ((q, q[:, :1].expand(4, 3, 8), q[:, :1].expand(4, 3, 8)), {}),
+        ((q, q, q), {"layout": make_layout("zigzag", [0, 8], 3)}),
+        ((q, q, q), {"mask": Documents([0, 7])}),
+    ):
+        with pytest.raises(PlanError) as refusal:
+            attention(*tensors, **{**good, **change})
+        messages.append(str(refusal.value))
+    return messages
+
+
+def test_what_does_not_fit_is_refused():
+    wanted = [
+        "'local' is for one rank",
+        "unknown strategy 'magic'",
+        "the layout gives 4 tokens",
+        "one dtype and device",
+        "multiple of key/value heads",
+        "the layout is for 3 ranks",
+        "documents hold 7 tokens, the stream 8",
+    ]
+    for messages in run_ranks(refused_calls, 2):
+        assert all(w in m for w, m in zip(wanted, messages, strict=True)), messages
