@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dist_attn.training.metrics import (
     imbalance,
     memory_gib,
 )
-from dist_attn.training.planning import PlanningProblem, PlanSource
+from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
 from dist_attn.training.runtime import Runtime, choose_device, start_runtime
 from dist_attn.training.schedule import learning_rate
@@ -59,45 +60,46 @@ def train(config: Config, resume: str | None = None) -> None:
     config = config.on(choose_device(config.run.device, 0).type)
     runtime = start_runtime(config.run)
     try:
-        _train(config, resume, runtime)
+        run_training(config, resume, runtime)
     finally:
         dist.destroy_process_group()
 
 
-def _train(config: Config, resume: str | None, runtime: Runtime) -> None:
+def run_training(config: Config, resume: str | None, runtime: Runtime) -> None:
+    """Run or continue the training on a process group that exists; see `train`."""
     folder = RunFolder(Path(config.run.dir))
     corpus = open_corpus_on_every_rank(config, runtime)
     problem = planning_problem(config, corpus, runtime)
     with runtime.together():
         check_longest(problem, corpus)
-    identity = run_identity(config, corpus)
-    state = TrainState(0, 0, 0, 0, identity)
+    state = TrainState(0, 0, 0, 0, run_identity(config, corpus))
     checkpoint = None
     with runtime.together():
-        if resume is not None:
+        if resume is None:
+            folder.check_free()
+        else:
             checkpoint = find_checkpoint(folder.checkpoints, resume)
-            state = read_state(checkpoint)
-            check_identity(checkpoint, state.identity, identity)
-            check_steps_left(checkpoint, state.step, config.run.steps)
-    with runtime.together():
-        model = build_model(config.model, corpus.vocab_size, config.run.seed)
-        corpus.require_vocab(model.hf_config.vocab_size)
-    engine = DeepSpeedEngine(model, config, runtime.device)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, engine, runtime)
-    with runtime.together():
-        if runtime.is_main:
-            if checkpoint is None:
-                folder.create(config)
-            else:
-                folder.reopen(config, state.step)
-    with runtime.together():
-        folder.check_visible()
-    run = _Run(config, runtime, folder, corpus, engine, problem)
-    try:
-        run.go(state)
-    finally:
-        run.close()
+            saved = read_state(checkpoint)
+            check_identity(checkpoint, saved.identity, state.identity)
+            check_steps_left(checkpoint, saved.step, config.run.steps)
+            state = saved
+    with contextlib.closing(PlanSource(problem, runtime, folder.plans)) as plans:
+        run = _Run(config, runtime, folder, corpus, plans)
+        # The first plan is solved while the model is built.
+        run.prepare(state)
+        run.build(checkpoint)
+        with runtime.together():
+            if runtime.is_main:
+                if checkpoint is None:
+                    folder.create(config)
+                else:
+                    folder.reopen(config, state.step)
+        with runtime.together():
+            folder.check_visible()
+        try:
+            run.go(state)
+        finally:
+            run.close()
 
 
 class _Run:
@@ -109,20 +111,36 @@ class _Run:
         runtime: Runtime,
         folder: RunFolder,
         corpus: Corpus,
-        engine: Engine,
-        problem: PlanningProblem,
+        plans: PlanSource,
     ) -> None:
         self._config = config
         self._runtime = runtime
         self._folder = folder
         self._corpus = corpus
-        self._engine = engine
+        self._plans = plans
         self._pool = GroupPool()
-        self._plans = PlanSource(problem, runtime, folder.plans)
-        self._runner = StepRunner(engine, corpus, config, runtime, self._pool)
-        self._sampler = BatchSampler(
-            corpus.lengths, config.data.batch, config.run.seed, config.data.shuffle
-        )
+        self._engine: Engine
+        self._runner: StepRunner
+        with runtime.together():
+            self._sampler = BatchSampler(
+                corpus.lengths, config.data.batch, config.run.seed, config.data.shuffle
+            )
+
+    def prepare(self, state: TrainState) -> None:
+        """Let the first plan be solved in the background."""
+        ids, _ = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
+        self._plans.prepare(state.step, self._lengths(ids))
+
+    def build(self, checkpoint: Path | None) -> None:
+        """Make the model and its engine, with the weights of a checkpoint if there is one."""
+        config, runtime = self._config, self._runtime
+        with runtime.together():
+            model = build_model(config.model, self._corpus.vocab_size, config.run.seed)
+            self._corpus.require_vocab(model.hf_config.vocab_size)
+        self._engine = DeepSpeedEngine(model, config, runtime.device)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self._engine, runtime)
+        self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool)
 
     def go(self, state: TrainState) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
@@ -136,9 +154,9 @@ class _Run:
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
     def close(self) -> None:
-        """End the planner's process and the groups."""
-        self._plans.close()
+        """Release the groups and what the engine holds."""
         self._pool.close()
+        self._engine.close()
 
     def _introduce(self, reporter: Reporter, state: TrainState) -> None:
         runtime, engine = self._runtime, self._config.engine

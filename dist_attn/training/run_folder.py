@@ -50,17 +50,21 @@ class RunFolder:
         """The resolved configuration of the first start."""
         return self.path / "config.yaml"
 
-    def create(self, config: Config) -> None:
-        """Make the folder of a new run.
-
-        Raises:
-            ConfigError: it holds a run already, or cannot be made.
-        """
+    def check_free(self) -> None:
+        """Raise ConfigError if the folder holds anything."""
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
                 f"run.dir: {self.path} is not empty; continue the run in it with --resume, or "
                 f"choose another folder with --set run.dir=..."
             )
+
+    def create(self, config: Config) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            ConfigError: it holds something already, or cannot be made.
+        """
+        self.check_free()
         try:
             self.plans.mkdir(parents=True)
             self.config.write_text(dump_config(config), encoding="utf-8")

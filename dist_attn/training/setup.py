@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
 
 
 def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
-    if not (show_progress and config.logging.progress_bar):
+    if not (show_progress and config.logging.progress_bar and sys.stdout.isatty()):
         return open_corpus(config.data, cache)
     with Progress(transient=True) as progress:
         task = progress.add_task("reading the corpus", total=None)

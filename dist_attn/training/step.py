@@ -16,7 +16,7 @@ from dist_attn.data import Corpus, LocalBatch, build_local_batch, valid_tokens
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
-from dist_attn.masks import causal_documents
+from dist_attn.masks import Causal, Documents
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 from dist_attn.training.runtime import Runtime
 
@@ -102,14 +102,7 @@ class StepRunner:
             layout_kind=self._layout_kind(group),
             pad_to_multiple=self._config.data.pad_to_multiple,
         )
-        context = AttentionContext(
-            mask=causal_documents(batch.cu_seqlens.numpy()),
-            layout=batch.layout,
-            group=comm,
-            strategy=batch.strategy,
-            deterministic=self._config.attention.deterministic,
-            num_padding=batch.num_padding,
-        )
+        context = local_context(batch, comm, deterministic=self._config.attention.deterministic)
         return batch.to(self._runtime.device, non_blocking=True), context
 
     def _comm_group(self, group: Group | None) -> CommGroup:
@@ -122,6 +115,20 @@ class StepRunner:
         if group is None or group.strategy != "ring":
             return "contiguous"
         return self._config.attention.ring_layout
+
+
+def local_context(
+    batch: LocalBatch, comm: CommGroup, *, deterministic: bool = False
+) -> AttentionContext:
+    """How the attention of a batch is carried out: causal inside each document."""
+    return AttentionContext(
+        mask=Documents(batch.cu_seqlens.numpy()) & Causal(),
+        layout=batch.layout,
+        group=comm,
+        strategy=batch.strategy,
+        deterministic=deterministic,
+        num_padding=batch.num_padding,
+    )
 
 
 class _Stopwatch:

@@ -1,0 +1,216 @@
+"""The one invariant: a step's loss and gradients do not depend on the plan.
+
+Every plan of the same real documents is compared with one process that holds everything and knows
+no sharding, no plan and no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_attn.attention.context import AttentionContext
+from dist_attn.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from dist_attn.data import build_local_batch, open_corpus, valid_tokens
+from dist_attn.groups import GroupPool, single_rank_group
+from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
+from dist_attn.integrations.hf import build_model
+from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
+from dist_attn.training.runtime import Runtime
+from dist_attn.training.step import StepRunner, local_context
+from tests.ranks import run_ranks
+
+#: Real documents: byte tokens of the shortest and some longer standard library files.
+NUM_DOCUMENTS = 9
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+#: Micro-batches of groups of ranks; documents are dealt to the groups in turn.
+PLANS: dict[str, list[list[tuple[int, ...]]]] = {
+    "alone": [[(0,), (1,), (2,), (3,)]],
+    "2+2": [[(0, 1), (2, 3)]],
+    "4": [[(0, 1, 2, 3)]],
+    "2+1+1": [[(0, 1), (2,), (3,)]],
+    "3+1": [[(0, 1, 2), (3,)]],
+    "4 | 2+2 | 1": [[(0, 1, 2, 3)], [(0, 3), (1, 2)], [(2,)]],
+}
+STRATEGIES = ("ring", "ulysses")
+
+
+def config_of(stage: int, cache: str, pad: int = 1) -> Config:
+    return Config(
+        model=ModelConfig(dtype="fp32", num_heads=4, num_kv_heads=2),
+        data=DataConfig(
+            max_document_tokens=700, overlong="split", cache_dir=cache, pad_to_multiple=pad
+        ),
+        engine={"zero_stage": stage, "bucket_elements": 20_000},
+        optimizer=OptimizerConfig(name="sgd", gradient_clipping=0.0),
+    )
+
+
+def documents_of(lengths: np.ndarray) -> np.ndarray:
+    """One long, some middling, a tiny one: odd lengths among them."""
+    order = np.argsort(lengths, kind="stable")
+    wanted = np.array([700, 699, 431, 350, 257, 128, 64, 33, 7])
+    return order[np.searchsorted(lengths[order], wanted).clip(max=len(order) - 1)]
+
+
+def make_plan(name: str, strategy: str, lengths: tuple[int, ...], layouts: int = 0) -> Plan:
+    shape = PLANS[name]
+    slots = [(m, g) for m, groups in enumerate(shape) for g in range(len(groups))]
+    dealt: dict[tuple[int, int], list[int]] = {slot: [] for slot in slots}
+    for document in range(len(lengths)):
+        dealt[slots[(document + layouts) % len(slots)]].append(document)
+    micro_batches = tuple(
+        MicroBatch(
+            tuple(
+                Group(
+                    ranks=ranks,
+                    strategy=strategy if len(ranks) > 1 else "local",
+                    documents=tuple(dealt[m, g]),
+                    tokens=sum(lengths[d] for d in dealt[m, g]),
+                    overhead_s=0.0,
+                    compute_s=0.0,
+                    communication_s=0.0,
+                    memory_bytes=0,
+                )
+                for g, ranks in enumerate(groups)
+            )
+        )
+        for m, groups in enumerate(shape)
+    )
+    return Plan(lengths, 4, micro_batches, 1.0, 1.0, SolverReport("test"), "", "")
+
+
+def reference(cache: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by plain autograd over all documents, in this process alone."""
+    config = config_of(0, cache)
+    corpus = open_corpus(config.data, Path(cache))
+    ids = documents_of(corpus.lengths)
+    model = build_model(config.model, corpus.vocab_size, seed=3)
+    lengths = corpus.lengths[ids]
+    group = Group((0,), "local", tuple(range(len(ids))), int(lengths.sum()), 0.0, 0.0, 0.0, 0)
+    batch = build_local_batch(corpus, ids, group)
+    context: AttentionContext = local_context(batch, single_rank_group(0))
+    loss = model(batch.input_ids, batch.shift_labels, batch.position_ids, context)
+    mean = loss / valid_tokens(lengths)
+    mean.backward()
+    return mean.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def errors(
+    loss: float, gradients: dict[str, Tensor], expected: tuple[float, dict[str, Tensor]]
+) -> tuple[float, float]:
+    """Relative error of the loss, and the worst parameter's relative error of its gradient."""
+    loss_error = abs(loss - expected[0]) / abs(expected[0])
+    worst = max(((gradients[name] - g).norm() / g.norm()).item() for name, g in expected[1].items())
+    return loss_error, worst
+
+
+def run_plans(
+    cache: str, stage: int, cases: list[tuple[str, str]], expected: tuple, pad: int
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Errors of every case, on one engine; and of a control whose loss weight is wrong."""
+    config = config_of(stage, cache, pad)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    runtime = Runtime(rank, size, rank, size, torch.device("cpu"))
+    corpus = open_corpus(config.data, Path(cache))
+    ids = documents_of(corpus.lengths)
+    lengths = tuple(int(n) for n in corpus.lengths[ids])
+    engine = DeepSpeedEngine(
+        build_model(config.model, corpus.vocab_size, seed=3), config, runtime.device
+    )
+    pool = GroupPool()
+    runner = StepRunner(engine, corpus, config, runtime, pool)
+    found = {}
+    for name, strategy in cases:
+        wrong = _WrongWeight(engine, rank) if name == "control" else None
+        plan = make_plan("2+1+1" if wrong else name, strategy, lengths)
+        if wrong:
+            runner = StepRunner(wrong, corpus, config, runtime, pool)
+        result = runner.accumulate(plan, ids)
+        gradients = {n: engine.full_gradient(n).clone() for n in expected[1]}
+        found[name, strategy] = errors(result.loss, gradients, expected)
+        engine.step(lr=0.0)
+    pool.close()
+    return found
+
+
+class _WrongWeight:
+    """The engine, but the group of ranks 0 and 1 counts 5% too much."""
+
+    def __init__(self, engine: DeepSpeedEngine, rank: int) -> None:
+        self._engine = engine
+        self._weight = 1.05 if rank in (0, 1) else 1.0
+
+    def forward(self, **inputs: object) -> Tensor:
+        return self._engine.forward(**inputs) * self._weight
+
+    def backward(self, loss_sum: Tensor, valid: int, *, last: bool) -> None:
+        self._engine.backward(loss_sum, valid, last=last)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def expected(cache: str) -> tuple[float, dict[str, Tensor]]:
+    return run_ranks(reference, 1, cache)[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_loss_and_gradients_do_not_depend_on_the_plan(
+    cache: str, expected: tuple[float, dict[str, Tensor]], stage: int
+) -> None:
+    cases = [(name, s) for name in PLANS for s in STRATEGIES]
+    found = run_ranks(
+        run_plans, 4, cache, stage, [*cases, ("control", "ring")], expected, 1, timeout_s=120
+    )
+    for by_case in found:
+        control = by_case.pop(("control", "ring"))
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+        assert control[0] > 100 * LOSS_TOLERANCE
+        assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+def test_padding_changes_nothing(cache: str, expected: tuple[float, dict[str, Tensor]]) -> None:
+    cases = [("2+1+1", "ring"), ("4 | 2+2 | 1", "ulysses")]
+    for by_case in run_ranks(run_plans, 4, cache, 2, cases, expected, 64, timeout_s=120):
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+
+
+def test_the_reference_separates_documents(cache: str) -> None:
+    """Without the document mask the loss would be another: the oracle is no leaking one."""
+    separate, leaking = run_ranks(leak, 1, cache)[0]
+    assert abs(separate - leaking) / separate > 100 * LOSS_TOLERANCE
+
+
+def leak(cache: str) -> tuple[float, float]:
+    config = config_of(0, cache)
+    corpus = open_corpus(config.data, Path(cache))
+    ids = documents_of(corpus.lengths)
+    model = build_model(config.model, corpus.vocab_size, seed=3)
+    total = int(corpus.lengths[ids].sum())
+    group = Group((0,), "local", tuple(range(len(ids))), total, 0.0, 0.0, 0.0, 0)
+    batch = build_local_batch(corpus, ids, group)
+    one_document = copy.copy(batch)
+    object.__setattr__(one_document, "cu_seqlens", torch.tensor([0, total], dtype=torch.int32))
+    losses = []
+    for each in (batch, one_document):
+        context = local_context(each, single_rank_group(0))
+        with torch.no_grad():
+            loss = model(batch.input_ids, batch.shift_labels, batch.position_ids, context)
+        losses.append(loss.item())
+    return losses[0], losses[1]

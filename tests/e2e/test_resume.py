@@ -1,0 +1,61 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.command import losses, run, small_config, start
+
+
+def killed_in_mid_step(config: Path, run_folder: Path, after_steps: int) -> tuple[int, str]:
+    """Start a run, SIGKILL one rank some time after a step, and return how the launcher ended."""
+    process = start("train", "--cfg", config)
+    metrics = run_folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_text().count("\n") < after_steps:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=False)
+        if child.environ().get("RANK") == "2"
+    ]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    whole = tmp_path / "whole"
+    done = run("train", "--cfg", config, "--set", f"run.dir={whole}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    code, err = killed_in_mid_step(config, tmp_path / "run", after_steps=6)
+    assert code == 137
+    assert re.search(r"rank 2 .* was ended by SIGKILL", err)
+    before = losses(tmp_path / "run")
+    assert 6 <= len(before) < 12
+
+    resumed = run("train", "--cfg", config, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resumed at step" in resumed.stdout
+    # Bit for bit, the steps before the kill and those after.
+    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(whole)[: len(before)] == before
+
+    # On another number of ranks and ZeRO stage from an older checkpoint: equal to rounding.
+    three = run(
+        "train", "--cfg", config, "--resume", "step-000004", "--nproc-per-node", "3",
+        "--set", "engine.zero_stage=3", "--set", "planner.max_tokens_per_device=256",
+    )  # fmt: skip
+    assert three.returncode == 0, three.stderr[-3000:]
+    again = losses(tmp_path / "run")
+    assert max(abs(a - b) for a, b in zip(again, losses(whole), strict=True)) < 1e-4
+    assert again != losses(whole)
