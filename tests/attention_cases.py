@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_attn.masks import Mask
+from dist_attn.attention import attention
+from dist_attn.comm.ledger import Ledger
+from dist_attn.groups import CommGroup
+from dist_attn.layout import Layout, from_intervals, make_layout
+from dist_attn.masks import Causal, Documents, Full, Mask
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -58,8 +64,8 @@ def dense_mask(mask: Mask, case: Case) -> Tensor:
 
 
 def exact(case: Case, allowed: Tensor) -> dict[str, Tensor]:
-    """Output, lse and gradients in float64, written out."""
-    x = {name: t.double() for name, t in case.tensors().items()}
+    """Output, lse and gradients in float64, written out, on the device of the mask."""
+    x = {name: t.to(allowed.device, torch.float64) for name, t in case.tensors().items()}
     for name in "qkv":
         x[name].requires_grad_()
     repeats = case.num_heads // case.num_kv_heads
@@ -77,7 +83,7 @@ def exact(case: Case, allowed: Tensor) -> dict[str, Tensor]:
 
 def plain_torch(case: Case, allowed: Tensor) -> dict[str, Tensor]:
     """What torch's own attention returns for the whole stream at the case's dtype."""
-    x = case.tensors()
+    x = {name: t.to(allowed.device) for name, t in case.tensors().items()}
     for name in "qkv":
         x[name].requires_grad_()
     q, k, v = (x[n].transpose(0, 1)[None] for n in "qkv")
@@ -91,7 +97,9 @@ def error(got: Tensor, want: Tensor) -> float:
     """Largest difference over the largest wanted value."""
     if want.numel() == 0:
         return 0.0
-    return ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    return (
+        (got.to(want.device, torch.float64) - want).abs().max() / want.abs().max().clamp_min(1e-30)
+    ).item()
 
 
 def assert_as_good_as_torch(got: dict[str, Tensor], case: Case, allowed: Tensor) -> None:
@@ -102,3 +110,66 @@ def assert_as_good_as_torch(got: dict[str, Tensor], case: Case, allowed: Tensor)
         bound = 2 * error(plain[name], want[name]) + rounding
         found = error(got[name], want[name])
         assert found <= bound, f"{name}: error {found:.2e}, allowed {bound:.2e}"
+
+
+def world_group() -> CommGroup:
+    """All ranks."""
+    ranks = tuple(range(dist.get_world_size()))
+    return CommGroup(ranks, dist.get_rank(), dist.group.WORLD)
+
+
+def mask_of(name: str, case: Case) -> Mask:
+    masks = {
+        "full": Full(),
+        "causal": Causal(),
+        "documents": Documents(case.cu_seqlens),
+        "causal documents": Causal() & Documents(case.cu_seqlens),
+    }
+    return masks[name]
+
+
+def layout_of(kind: str, case: Case) -> Layout:
+    cp_size = dist.get_world_size()
+    if kind == "scattered":
+        owner = np.random.default_rng(case.seed).integers(0, cp_size, case.seq_len)
+        owner[owner == cp_size - 1] = 0  # the last rank holds nothing
+        held = [np.flatnonzero(owner == r) for r in range(cp_size)]
+        return from_intervals(case.seq_len, [np.stack([p, p + 1], 1) for p in held])
+    return make_layout(kind, case.cu_seqlens, cp_size)
+
+
+def attend(
+    case: Case, mask_name: str, layout_kind: str, strategy: str, device: str = "cpu", **kwargs: Any
+) -> dict[str, Any]:
+    """One rank's part of out, lse and gradients, with its positions and what it has sent."""
+    group, layout, ledger = world_group(), layout_of(layout_kind, case), Ledger()
+    positions = torch.from_numpy(layout.positions(group.cp_rank))
+    x = {name: t[positions].to(device) for name, t in case.tensors().items()}
+    for name in "qkv":
+        x[name].requires_grad_()
+    out, lse = attention(
+        x["q"], x["k"], x["v"], mask=mask_of(mask_name, case), layout=layout, group=group,
+        strategy=strategy, return_lse=True, ledger=ledger, **kwargs,
+    )  # fmt: skip
+    forward = dict(ledger.sent_bytes)
+    out.backward(x["dout"])
+    return {
+        "positions": positions,
+        "out": out.detach().cpu(),
+        "lse": lse.t().cpu(),
+        **{f"d{n}": x[n].grad.cpu() for n in "qkv"},
+        "calls": dict(ledger.calls),
+        "forward_bytes": forward,
+        "all_bytes": dict(ledger.sent_bytes),
+    }
+
+
+def together(parts: list[dict], case: Case) -> dict[str, Tensor]:
+    """The whole stream from the ranks' parts; what no rank wrote stays NaN."""
+    whole = {}
+    for name in (*NAMES, "lse"):
+        first = parts[0][name]
+        whole[name] = first.new_full((case.seq_len, *first.shape[1:]), float("nan"))
+        for part in parts:
+            whole[name][part["positions"]] = part[name]
+    return whole

@@ -3,87 +3,29 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dist_attn.attention import AttentionContext, attend_with_context, attention
-from dist_attn.comm.ledger import Ledger
 from dist_attn.errors import PlanError
-from dist_attn.groups import CommGroup
 from dist_attn.layout import from_intervals, make_layout
-from dist_attn.masks import Causal, Documents, Full, Mask
+from dist_attn.masks import Causal, Documents
 from tests.attention_cases import (
     NAMES,
     Case,
     assert_as_good_as_torch,
+    attend,
     dense_mask,
     error,
     exact,
+    layout_of,
+    mask_of,
+    together,
+    world_group,
 )
 from tests.ranks import run_ranks
 
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
-
-
-def world_group() -> CommGroup:
-    ranks = tuple(range(dist.get_world_size()))
-    return CommGroup(ranks, dist.get_rank(), dist.group.WORLD)
-
-
-def mask_of(name: str, case: Case) -> Mask:
-    masks = {
-        "full": Full(),
-        "causal": Causal(),
-        "documents": Documents(case.cu_seqlens),
-        "causal documents": Causal() & Documents(case.cu_seqlens),
-    }
-    return masks[name]
-
-
-def layout_of(kind: str, case: Case):
-    cp_size = dist.get_world_size()
-    if kind == "scattered":
-        owner = np.random.default_rng(case.seed).integers(0, cp_size, case.seq_len)
-        owner[owner == cp_size - 1] = 0  # the last rank holds nothing
-        held = [np.flatnonzero(owner == r) for r in range(cp_size)]
-        return from_intervals(case.seq_len, [np.stack([p, p + 1], 1) for p in held])
-    return make_layout(kind, case.cu_seqlens, cp_size)
-
-
-def attend(case: Case, mask_name: str, layout_kind: str, strategy: str, **kwargs) -> dict:
-    """One rank's part of out, lse and gradients, with its positions and ledger."""
-    group, layout, ledger = world_group(), layout_of(layout_kind, case), Ledger()
-    positions = torch.from_numpy(layout.positions(group.cp_rank))
-    x = {name: t[positions] for name, t in case.tensors().items()}
-    for name in "qkv":
-        x[name].requires_grad_()
-    out, lse = attention(
-        x["q"], x["k"], x["v"], mask=mask_of(mask_name, case), layout=layout, group=group,
-        strategy=strategy, return_lse=True, ledger=ledger, **kwargs,
-    )  # fmt: skip
-    forward = dict(ledger.sent_bytes)
-    out.backward(x["dout"])
-    return {
-        "positions": positions,
-        "out": out.detach(),
-        "lse": lse.t(),
-        **{f"d{n}": x[n].grad for n in "qkv"},
-        "calls": dict(ledger.calls),
-        "forward_bytes": forward,
-        "all_bytes": dict(ledger.sent_bytes),
-    }
-
-
-def together(parts: list[dict], case: Case) -> dict[str, Tensor]:
-    """The whole stream from the ranks' parts; what no rank wrote stays NaN."""
-    whole = {}
-    for name in (*NAMES, "lse"):
-        first = parts[0][name]
-        whole[name] = first.new_full((case.seq_len, *first.shape[1:]), float("nan"))
-        for part in parts:
-            whole[name][part["positions"]] = part[name]
-    return whole
 
 
 def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int) -> None:
