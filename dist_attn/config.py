@@ -202,6 +202,9 @@ class ClusterConfig(_Section):
     intra_node: LinkConfig = LinkConfig(bandwidth_gb_per_s=150.0, latency_us=8.0)
     #: Per device, not per node.
     inter_node: LinkConfig = LinkConfig(bandwidth_gb_per_s=20.0, latency_us=20.0)
+    #: Share of attention's time behind which a ring exchange hides; 0 where the cores that compute
+    #: also send.
+    ring_overlap: Fraction = 0.9
     #: Seconds that every micro-batch costs beside its tokens (launches, ZeRO gathers).
     micro_batch_overhead_s: Annotated[float, Field(ge=0)] = 0.0
 

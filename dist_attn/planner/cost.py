@@ -92,7 +92,7 @@ class CostModel:
     - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients. Each
       document's exchange is hidden behind that document's own attention; the excess counts.
     - fixed: the cluster's micro-batch overhead and the latencies of every layer's exchanges
-      (d - 1 messages for a ring, log2 d for an all-to-all).
+      (d - 1 messages for a ring and d for its gradients, log2 d for an all-to-all).
     """
 
     shape: ModelShape
@@ -150,6 +150,7 @@ class CostModel:
             micro_batch_overhead_s=cluster.micro_batch_overhead_s,
             static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
             bytes_per_token=shape.activation_bytes_per_token,
+            ring_overlap=cluster.ring_overlap,
         )
 
     def allows(self, kind: GroupKind) -> bool:
@@ -161,13 +162,14 @@ class CostModel:
         if kind.degree == 1:
             return self.micro_batch_overhead_s
         latency_s = (self.inter_node if kind.crosses_nodes else self.intra_node).latency_s
-        # Calls per layer: forward, backward, and the forward again when it is recomputed.
-        passes = 3 if self.shape.gradient_checkpointing else 2
+        forwards = 2 if self.shape.gradient_checkpointing else 1
         if kind.strategy == "ulysses":
-            messages = 4 * math.log2(kind.degree)
+            # Two all-to-alls each way.
+            messages = (forwards + 1) * 2 * math.log2(kind.degree)
         else:
-            messages = kind.degree - 1
-        return self.micro_batch_overhead_s + self.shape.num_layers * passes * messages * latency_s
+            # Keys and values on every way, and the gradients' way home.
+            messages = (forwards + 1) * (kind.degree - 1) + kind.degree
+        return self.micro_batch_overhead_s + self.shape.num_layers * messages * latency_s
 
     def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """Linear and attention work of each document, shared evenly."""
