@@ -2,6 +2,43 @@
 
 from dist_attn.masks.base import And, Mask, Or
 from dist_attn.masks.dense import DenseForm, dense_form
-from dist_attn.masks.rules import Causal, Documents, Full, Window
+from dist_attn.masks.rules import (
+    BlockCausal,
+    BlockDistance,
+    BlockList,
+    Causal,
+    DocumentPrefix,
+    Documents,
+    Full,
+    Keys,
+    PerHead,
+    Predicate,
+    Queries,
+    StridedBlocks,
+    Window,
+)
+from dist_attn.masks.tiles import TileLists, stretches, tile_lists
 
-__all__ = ["And", "Causal", "DenseForm", "Documents", "Full", "Mask", "Or", "Window", "dense_form"]
+__all__ = [
+    "And",
+    "BlockCausal",
+    "BlockDistance",
+    "BlockList",
+    "Causal",
+    "DenseForm",
+    "DocumentPrefix",
+    "Documents",
+    "Full",
+    "Keys",
+    "Mask",
+    "Or",
+    "PerHead",
+    "Predicate",
+    "Queries",
+    "StridedBlocks",
+    "TileLists",
+    "Window",
+    "dense_form",
+    "stretches",
+    "tile_lists",
+]

@@ -1,0 +1,55 @@
+"""Every mask of the field over one odd stream, for tests that must hold for all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_attn.masks import BlockList, Causal, Documents, Full, Mask, Predicate, Window, patterns
+
+SEQ_LEN = 89
+NUM_HEADS = 4
+CU = np.array([0, 7, 7, 8, 49, 67, 68, 89])
+
+
+def _random_blocks() -> BlockList:
+    rng = np.random.default_rng(0)
+    q_blocks, k_blocks = -(-SEQ_LEN // 8), -(-SEQ_LEN // 16)
+    listed = rng.integers(-1, k_blocks, (NUM_HEADS, q_blocks, 3))
+    listed[:, 2] = -1  # these queries have no keys
+    return BlockList(8, 16, listed)
+
+
+def zoo() -> dict[str, Mask]:
+    """Masks over SEQ_LEN tokens and NUM_HEADS query heads."""
+    p = patterns
+    return {
+        "full": Full(),
+        "causal": Causal(),
+        "full window": Window(9, 5),
+        "causal window": p.sliding_window(13),
+        "window and sinks": p.sliding_window(13, 3),
+        "half-open window": Window(-1, 4),
+        "full documents": Documents(CU),
+        "causal documents": p.causal_documents(CU),
+        "documents and window": p.causal_documents(CU) & Window(6, 0),
+        "prefix lm": p.prefix_lm(30),
+        "prefix lm documents": p.prefix_lm_documents(CU, [3, 0, 1, 20, 18, 1, 2]),
+        "shared question": p.shared_question([0, 49, 89], [10, 5], [0, 10, 22, 49, 54, 70, 89]),
+        "global sliding": p.global_sliding(5, 8),
+        "causal blockwise": p.causal_blockwise(CU),
+        "block causal documents": p.block_causal_documents(CU, 6),
+        "s2": p.s2(SEQ_LEN, 4, 2, 3, NUM_HEADS),
+        "s2 and a dense head": p.s2(SEQ_LEN, 4, 2, 3, NUM_HEADS, dense_heads=[1]),
+        "s2 in documents": p.s2(SEQ_LEN, 4, 2, 3, NUM_HEADS) & Documents(CU),
+        "power of two": p.power_of_two(SEQ_LEN, 4, 2),
+        "shifted groups": p.shifted_groups(SEQ_LEN, 20, NUM_HEADS, 2),
+        "anchor documents": p.anchor_documents(CU, 2),
+        "streaming heads": p.streaming_heads(NUM_HEADS, [0, 2], 11, 4),
+        "window per head": p.window_per_head([3, 7, 15, 90]),
+        "listed blocks": _random_blocks(),
+        "listed blocks, causal": _random_blocks() & Causal(),
+        "predicate": Predicate(
+            lambda q, k, h: (q * 7 + k * 3 + h) % 5 < 2, Causal() & Window(40, 0)
+        ),
+        "predicate or window": Predicate(lambda q, k, h: (q + k) % 3 == 0, Causal()) | Window(3, 3),
+    }
