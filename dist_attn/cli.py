@@ -20,16 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: the input is at fault, one message says how. Anything else: the program is.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
     )
     try:
-        run: Callable[[argparse.Namespace, list[str]], int] = parsed.run
-        return run(parsed, arguments[1:])
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
     except UserError as error:
         # Every rank raises the same refusal; one of them says it.
         if rank == 0:
@@ -83,11 +82,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(parsed: argparse.Namespace, arguments: list[str]) -> int:
+def _train(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.cfg, parsed.set)
     if "RANK" not in os.environ:
         from dist_attn.training.launcher import launch, ranks_per_node
 
+        arguments = ["--cfg", parsed.cfg]
+        arguments += [part for item in parsed.set for part in ("--set", item)]
+        arguments += ["--resume", parsed.resume] if parsed.resume is not None else []
         return launch(arguments, ranks_per_node(parsed.nproc_per_node))
     if parsed.nproc_per_node is not None:
         raise ConfigError("--nproc-per-node goes to torchrun when torchrun starts the ranks")
@@ -97,7 +99,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _plan(parsed: argparse.Namespace, arguments: list[str]) -> int:
+def _plan(parsed: argparse.Namespace) -> int:
     from dist_attn.planner.command import run_plan_command
 
     run_plan_command(load_config(parsed.cfg, parsed.set), parsed.lengths, parsed.out)
