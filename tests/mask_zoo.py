@@ -48,8 +48,6 @@ def zoo() -> dict[str, Mask]:
         "window per head": p.window_per_head([3, 7, 15, 90]),
         "listed blocks": _random_blocks(),
         "listed blocks, causal": _random_blocks() & Causal(),
-        "predicate": Predicate(
-            lambda q, k, h: (q * 7 + k * 3 + h) % 5 < 2, Causal() & Window(40, 0)
-        ),
+        "predicate": Predicate(lambda q, k, h: (q * 7 + k * 3 + h) % 5 < 2, Window(40, 0)),
         "predicate or window": Predicate(lambda q, k, h: (q + k) % 3 == 0, Causal()) | Window(3, 3),
     }

@@ -101,10 +101,8 @@ def subtract_per_row(
     start = np.zeros((num_rows, 1), dtype=np.int64)
     # An empty column must not open a gap at its own place: it stands where the one before it ends.
     minus_hi = np.maximum.accumulate(minus_hi, axis=1)
-    minus_lo = np.maximum(
-        minus_lo, np.concatenate([start, minus_hi[:, :-1]], axis=1)[:, : minus_lo.shape[1]]
-    )
     gap_lo = np.concatenate([start, minus_hi], axis=1)
+    minus_lo = np.maximum(minus_lo, gap_lo[:, :-1])
     gap_hi = np.concatenate([minus_lo, np.full((num_rows, 1), NO_END)], axis=1)
     piece_lo = np.maximum(lo[:, :, None], gap_lo[:, None, :]).reshape(num_rows, -1)
     piece_hi = np.minimum(hi[:, :, None], gap_hi[:, None, :]).reshape(num_rows, -1)

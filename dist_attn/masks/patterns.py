@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,7 +88,7 @@ def block_causal_documents(cu_seqlens: Boundaries, block: int) -> Mask:
     Source: MagiAttention's video masks; LongCA-bench (arXiv 2510.17896), "block causal document".
     """
     cu = check_cu_seqlens(cu_seqlens)
-    inner = [np.arange(a, b, block) for a, b in zip(cu[:-1], cu[1:], strict=True)]
+    inner = [np.arange(a, b, block) for a, b in itertools.pairwise(cu)]
     boundaries = np.concatenate([np.zeros(1, np.int64), *inner, cu[-1:]])
     return Documents(cu) & BlockCausal(np.unique(boundaries))
 

@@ -61,8 +61,7 @@ class TileLists:
     def counts(self) -> tuple[int, int]:
         """Return the numbers of full and partial tiles."""
         full, partial = (
-            sum(int((s.end - s.begin).sum()) for s in slices)
-            for slices in (self.full, self.partial)
+            sum(int((s.end - s.begin).sum()) for s in kind) for kind in (self.full, self.partial)
         )
         return full, partial
 
@@ -107,7 +106,8 @@ def tile_lists(mask: Mask, q_stretches: IntArray, k_stretches: IntArray, head: i
     touched = [_touched_tiles(p, k_stretches) for p in mask.touched(first, last, head)]
     full = [_full_tiles(p, k_stretches) for p in mask.full(first, last, head)]
     num_rows, num_keys = len(q_stretches), len(k_stretches)
-    full_slices, partial_slices = [], []
+    full_slices: list[Slices] = []
+    partial_slices: list[Slices] = []
     for atom in split_by_keys([*touched, *full], num_keys):
         members = _members(atom.keys)
         lo, hi = (
@@ -160,6 +160,6 @@ def _runs(chosen: np.ndarray) -> IntArray:
 
 
 def _members(intervals: IntArray) -> IntArray:
-    if len(intervals) == 0:
-        return np.empty(0, dtype=np.int64)
-    return np.concatenate([np.arange(a, b) for a, b in intervals.tolist()])
+    sizes = intervals[:, 1] - intervals[:, 0]
+    shift = intervals[:, 0] - (np.cumsum(sizes) - sizes)
+    return np.arange(int(sizes.sum())) + np.repeat(shift, sizes)
