@@ -26,6 +26,8 @@ from torch import Tensor
 BLOCK = 64
 ROW_QUERIES = 2 * BLOCK
 EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
+#: Columns of this many key/value heads are sorted as one: a backward's launch serves them together.
+COLUMN_HEADS = 8
 #: In an entry of a column: the query head inside its group, above the query block.
 HEAD_SHIFT = 24
 
@@ -60,7 +62,8 @@ class BlockLists:
     order (upper queries, first block), (upper, second), (lower, first), (lower, second).
     cols [C, 7]: mask key head, key block, key block, first entry, entries, first kind, masked entries.
     col_entries [E]: query block | head in group << 24. col_kinds [N, 2]: kinds by key block.
-    Items are sorted by mask head, then longest first.
+    Rows are sorted by mask head, then longest first; columns by COLUMN_HEADS mask heads, then longest
+    first, and col_starts says where each such group of heads begins and ends.
     """
 
     q_len: int
@@ -73,6 +76,7 @@ class BlockLists:
     cols: Tensor
     col_entries: Tensor
     col_kinds: Tensor
+    col_starts: tuple[int, ...]
     intervals: Tensor
     bits: Tensor | None
     #: Tiles that are visited, for the reckoning of work: listed 64x64 tiles over all mask heads.
@@ -131,6 +135,7 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
     num_rows = tiles.num_mask_heads * -(-tiles.q_len // ROW_QUERIES)
     listed = torch.unique(heads // heads_per_kv * num_blocks(tiles.k_len) + k_blocks).numel()
     num_kv = tiles.num_mask_heads // heads_per_kv
+    per_group = torch.bincount(cols[:, 0] // COLUMN_HEADS, minlength=-(-num_kv // COLUMN_HEADS))
     return BlockLists(
         q_len=tiles.q_len,
         k_len=tiles.k_len,
@@ -142,6 +147,7 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
         cols=cols.to(torch.int32).contiguous(),
         col_entries=col_entries.to(torch.int32).contiguous(),
         col_kinds=col_kinds.to(torch.int32).contiguous(),
+        col_starts=(0, *torch.cumsum(per_group, 0).tolist()),
         intervals=intervals.to(torch.int32).contiguous(),
         bits=None if tiles.bits is None else tiles.bits.to(torch.int32).contiguous(),
         num_tiles=heads.numel(),
@@ -268,7 +274,7 @@ def _cols(
     )
     head = pairs[:, 0]
     columns = [head, pairs[:, 1], pairs[:, 2], _starts(counts), counts, _starts(masked), masked]
-    table = torch.stack(columns, 1)[_longest_first(head, counts)]
+    table = torch.stack(columns, 1)[_longest_first(head // COLUMN_HEADS, counts)]
     return table, entry, pair[~full]
 
 

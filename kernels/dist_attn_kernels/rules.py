@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_attn_kernels.lists import BLOCK, EMPTY, FULL, INTERVAL, Tiles, num_blocks
+from dist_attn_kernels.lists import BITS, BLOCK, EMPTY, FULL, INTERVAL, Tiles, num_blocks
 
 
 def causal_intervals(
@@ -221,3 +221,41 @@ def dense_mask(tiles: Tiles) -> Tensor:
             rows, cols = slice(q * BLOCK, (q + 1) * BLOCK), slice(k * BLOCK, (k + 1) * BLOCK)
             mask[h, rows, cols] = bit[int(kinds[h, q, k]) - 3]
     return mask[:, : tiles.q_len, : tiles.k_len]
+
+
+def area(tiles: Tiles) -> Tensor:
+    """Scores that count, per mask head, int64 [mask heads]; exact."""
+    height = (tiles.q_len - tiles.q_blocks.to(torch.int64) * BLOCK).clamp(max=BLOCK)
+    count = torch.where(tiles.kinds == FULL, height * BLOCK, 0)
+    rows = torch.arange(BLOCK, device=tiles.heads.device)
+    partial = (tiles.kinds == INTERVAL).nonzero().squeeze(1)
+    if tiles.intervals is not None:
+        # A few thousand tiles at a time: 64 rows of each are looked at.
+        for part in partial.split(1 << 16):
+            row = tiles.q_blocks[part, None].to(torch.int64) * BLOCK + rows
+            head = (
+                tiles.heads[part, None] if tiles.intervals.shape[0] > 1 else torch.zeros_like(row)
+            )
+            at = tiles.intervals.transpose(1, 2)[
+                head.expand_as(row), row.clamp(max=tiles.q_len - 1)
+            ]
+            begin = tiles.k_blocks[part, None, None].to(torch.int64) * BLOCK
+            # Clamping to the tile keeps the pairs' order; an empty pair comes out as no keys.
+            bounds = torch.minimum(torch.maximum(at.to(torch.int64), begin), begin + BLOCK)
+            bounds = torch.minimum(bounds, torch.full_like(bounds, tiles.k_len))
+            seen = (bounds[..., 1] - bounds[..., 0]).clamp(min=0)
+            if bounds.shape[-1] == 4:
+                seen += (bounds[..., 3] - bounds[..., 2]).clamp(min=0)
+                both = torch.minimum(bounds[..., 1], bounds[..., 3])
+                seen -= (both - torch.maximum(bounds[..., 0], bounds[..., 2])).clamp(min=0)
+            count[part] = (seen * (row < tiles.q_len)).sum(1)
+    if tiles.bits is not None:
+        for part in (tiles.kinds > INTERVAL).nonzero().squeeze(1).split(1 << 12):
+            words = tiles.bits[tiles.kinds[part].to(torch.int64) - BITS].unsqueeze(-1)
+            ones = ((words >> torch.arange(32, device=words.device)) & 1).flatten(2)
+            col = torch.arange(BLOCK, device=words.device)
+            ones = ones * (rows < height[part, None]).unsqueeze(-1)
+            width = tiles.k_len - tiles.k_blocks[part].to(torch.int64) * BLOCK
+            count[part] = (ones * (col < width[:, None]).unsqueeze(1)).sum((1, 2))
+    total = torch.zeros(tiles.num_mask_heads, dtype=torch.int64, device=count.device)
+    return total.index_add_(0, tiles.heads.to(torch.int64), count)

@@ -1,0 +1,331 @@
+"""Block-sparse forward for Hopper in Gluon: one warp loads, two warpgroups compute.
+
+A program stays on its multiprocessor and takes one item (128 queries of one head) after another. The
+loading warp fetches key and value blocks of 64, two listed blocks to a step of 128 keys, through
+TMA into a ring of stages, and runs ahead into the next item. Each warpgroup owns 64 of the queries;
+its scores of step i are computed by the tensor cores while they still add the values of step i - 1.
+
+Shared memory holds panels of 64 tokens by 64 elements of the head (128 bytes a row, the widest swizzle), so
+that every block of every operand is one piece that TMA writes and wgmma reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dist_attn_kernels.gluon_compat import reinterpret, tma_load
+from dist_attn_kernels.lists import BLOCK, BlockLists
+
+LOG2_E = 1.4426950408889634
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def score_mask(
+    kind0, kind1, rows, keys, cols, q_len, k_len, bounds_ptr, bits_ptr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+):  # fmt: skip
+    """Which scores count, for two tiles of kinds `kind0` and `kind1` side by side along the keys.
+
+    `rows`, `keys` and `cols` (a key's place in the pair, 0..127, or in its tile for a single one) are
+    already expanded so that they broadcast against each other.
+    """
+    inside = rows < q_len
+    low = gl.load(bounds_ptr + rows, mask=inside, other=0)
+    high = gl.load(bounds_ptr + q_len + rows, mask=inside, other=0)
+    seen = (keys >= low) & (keys < high)
+    if PAIRS == 2:
+        low = gl.load(bounds_ptr + 2 * q_len + rows, mask=inside, other=0)
+        high = gl.load(bounds_ptr + 3 * q_len + rows, mask=inside, other=0)
+        seen = seen | ((keys >= low) & (keys < high))
+    kind = gl.where(cols < 64, kind0, kind1)
+    keep = (kind == 1) | ((kind == 2) & seen)
+    if HAS_BITS:
+        tile = gl.maximum(kind - 3, 0)
+        word = gl.load(bits_ptr + (tile * 64 + rows % 64) * 2 + (cols % 64) // 32)
+        keep = keep | ((kind >= 3) & (((word >> (cols % 32)) & 1) == 1))
+    return keep & (keys < k_len)
+
+
+@gluon.jit
+def load_partition(
+    loads, REPEAT: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):
+    """Fetch the queries of every item and the keys and values of its steps."""
+    q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, num_items, q_ring, k_ring, v_ring, bars = loads
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    PANELS: gl.constexpr = D // 64
+    count = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        item = rows_ptr + (index // REPEAT) * 6
+        head = gl.load(item) * REPEAT + index % REPEAT
+        row = gl.load(item + 1) * 128
+        first = gl.load(item + 2)
+        steps = gl.load(item + 3)
+        kv_col = (head // GROUP) * D
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, 128 * D * 2)
+        for half in gl.static_range(2):
+            for p in gl.static_range(PANELS):
+                panel = q_ring.index(half * PANELS + p)
+                tma_load(q_desc, [row + half * 64, head * D + p * 64], q_full, panel)
+        turn += 1
+        for i in range(steps):
+            block0 = gl.load(blocks_ptr + (first + i) * 2) * 64
+            block1 = gl.load(blocks_ptr + (first + i) * 2 + 1) * 64
+            stage = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            base = stage * (2 * PANELS)
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), 128 * D * 2)
+            for p in gl.static_range(PANELS):
+                panel = k_ring.index(base + p * 2)
+                tma_load(k_desc, [block0, kv_col + p * 64], k_full.index(stage), panel)
+                panel = k_ring.index(base + p * 2 + 1)
+                tma_load(k_desc, [block1, kv_col + p * 64], k_full.index(stage), panel)
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), 128 * D * 2)
+            for p in gl.static_range(PANELS):
+                panel = v_ring.index(base + p * 2)
+                tma_load(v_desc, [block0, kv_col + p * 64], v_full.index(stage), panel)
+                panel = v_ring.index(base + p * 2 + 1)
+                tma_load(v_desc, [block1, kv_col + p * 64], v_full.index(stage), panel)
+            count += 1
+
+
+@gluon.jit
+def masked_scores(
+    s, rows, blocks_ptr, kinds_ptr, step, kind_step, q_len, k_len, bounds_ptr, bits_ptr,
+    SIDE: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """The scores of a masked step, -inf where they do not count."""
+    cols = gl.arange(0, 128, gl.SliceLayout(0, MMA))
+    block0 = gl.load(blocks_ptr + step * 2)
+    block1 = gl.load(blocks_ptr + step * 2 + 1)
+    kind0 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2)
+    kind1 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2 + 1)
+    keys = gl.where(cols < 64, block0, block1) * 64 + cols % 64
+    keep = score_mask(
+        kind0, kind1, gl.expand_dims(rows, 1), gl.expand_dims(keys, 0), gl.expand_dims(cols, 0),
+        q_len, k_len, bounds_ptr, bits_ptr, PAIRS, HAS_BITS,
+    )  # fmt: skip
+    return gl.where(keep, s, float("-inf"))
+
+
+@gluon.jit
+def start_scores(q, k_view, k_full, stage, phase, MMA: gl.constexpr):
+    """Issue the scores of one step."""
+    mbarrier.wait(k_full.index(stage), phase)
+    zero = gl.zeros([64, 128], gl.float32, MMA)
+    k = k_view.index(stage).permute((1, 0))
+    return hopper.warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def softmax_step(s, top, scale_log2):
+    """Probabilities against the new running maximum, and the factor for what came before."""
+    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
+    safe = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(safe, 1))
+    alpha = gl.exp2(top - safe)
+    return p, alpha, new_top
+
+
+@gluon.jit
+def compute_partition(
+    tables, sizes, views,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+):  # fmt: skip
+    """The softmax and both matrix products of 64 queries of every item."""
+    out_ptr, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
+    num_items, q_len, k_len, scale_log2, out_stride, interval_stride = sizes
+    q_view, k_view, v_view, bars = views
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    MMA_OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    ROW_OUT: gl.constexpr = gl.SliceLayout(1, MMA_OUT)
+    q = q_view.index(SIDE)
+    count = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        item = rows_ptr + (index // REPEAT) * 6
+        mask_head = gl.load(item)
+        head = mask_head * REPEAT + index % REPEAT
+        rows = gl.load(item + 1) * 128 + SIDE * 64 + gl.arange(0, 64, ROW)
+        first = gl.load(item + 2)
+        steps = gl.load(item + 3)
+        first_kind = gl.load(item + 4)
+        masked = gl.load(item + 5)
+        bounds_ptr = intervals_ptr + mask_head * interval_stride
+        top = gl.full([64], float("-inf"), gl.float32, ROW)
+        acc = gl.zeros([64, D], gl.float32, MMA_OUT)
+        mbarrier.wait(q_full, turn & 1)
+        turn += 1
+        stage = count % STAGES
+        s = start_scores(q, k_view, k_full, stage, (count // STAGES) & 1, MMA)
+        s = hopper.warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if masked > 0:
+            s = masked_scores(
+                s, rows, blocks_ptr, kinds_ptr, first, first_kind, q_len, k_len, bounds_ptr, bits_ptr,
+                SIDE, PAIRS, HAS_BITS, MMA,
+            )  # fmt: skip
+        p, alpha, top = softmax_step(s, top, scale_log2)
+        total = gl.sum(p, 1)
+        probs = gl.convert_layout(p.to(v_view.dtype), PROBS)
+        for i in range(1, steps):
+            last = count % STAGES
+            last_phase = (count // STAGES) & 1
+            count += 1
+            stage = count % STAGES
+            s = start_scores(q, k_view, k_full, stage, (count // STAGES) & 1, MMA)
+            mbarrier.wait(v_full.index(last), last_phase)
+            acc = hopper.warpgroup_mma(probs, v_view.index(last), acc, is_async=True)
+            s = hopper.warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if i < masked:
+                s = masked_scores(
+                    s, rows, blocks_ptr, kinds_ptr, first + i, first_kind + i,
+                    q_len, k_len, bounds_ptr, bits_ptr, SIDE, PAIRS, HAS_BITS, MMA,
+                )  # fmt: skip
+            p, alpha, top = softmax_step(s, top, scale_log2)
+            total = total * alpha + gl.sum(p, 1)
+            acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_empty.index(last), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, ROW_OUT), 1)
+            probs = gl.convert_layout(p.to(v_view.dtype), PROBS)
+        mbarrier.arrive(q_empty, count=1)
+        last = count % STAGES
+        mbarrier.wait(v_full.index(last), (count // STAGES) & 1)
+        acc = hopper.warpgroup_mma(probs, v_view.index(last), acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(last), count=1)
+        count += 1
+        none = total == 0.0
+        lse = gl.where(none, float("-inf"), (top + gl.log2(total)) * LN_2)
+        gl.store(lse_ptr + head.to(gl.int64) * q_len + rows, lse, mask=rows < q_len)
+        factor = gl.convert_layout(1.0 / gl.where(none, 1.0, total), ROW_OUT)
+        acc = acc * gl.expand_dims(factor, 1)
+        rows = gl.convert_layout(rows, ROW_OUT)
+        dims = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, MMA_OUT)), 0)
+        at = gl.expand_dims(rows.to(gl.int64), 1) * out_stride + head * D + dims
+        gl.store(out_ptr + at, acc.to(v_view.dtype), mask=gl.expand_dims(rows < q_len, 1))
+
+
+@gluon.jit(do_not_specialize=["num_items", "q_len", "k_len"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr,
+    rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr,
+    num_items, q_len, k_len, scale_log2, out_stride, interval_stride,
+    REPEAT: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+):  # fmt: skip
+    """Split the program into the loading warp and the two computing warpgroups."""
+    PANELS: gl.constexpr = D // 64
+    PANEL: gl.constexpr = q_desc.layout
+    dtype: gl.constexpr = q_desc.dtype
+    q_ring = gl.allocate_shared_memory(dtype, [2 * PANELS, 64, 64], PANEL)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES * 2 * PANELS, 64, 64], PANEL)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES * 2 * PANELS, 64, 64], PANEL)
+    q_view = reinterpret(q_ring, dtype, [2, 64, D], PANEL)
+    k_view = reinterpret(k_ring, dtype, [STAGES, 128, D], PANEL)
+    v_view = reinterpret(v_ring, dtype, [STAGES, 128, D], PANEL)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    hopper.fence_async_shared()
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    tables = (out_ptr, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr)
+    sizes = (num_items, q_len, k_len, scale_log2, out_stride, interval_stride)
+    views = (q_view, k_view, v_view, bars)
+    loads = (q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, num_items, q_ring, k_ring, v_ring, bars)
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (compute_partition, (tables, sizes, views, UPPER, REPEAT, D, STAGES, PAIRS, HAS_BITS)),
+            (compute_partition, (tables, sizes, views, LOWER, REPEAT, D, STAGES, PAIRS, HAS_BITS)),
+            (load_partition, (loads, REPEAT, GROUP, D, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def panel_layout(dtype: torch.dtype) -> Any:
+    """Shared memory of a 64x64 panel of 16-bit numbers."""
+    name = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], name)
+
+
+@functools.lru_cache(maxsize=64)
+def num_multiprocessors(index: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def panels(t: Tensor) -> Any:
+    """A TMA descriptor that reads [tokens, heads, head_dim] in panels of 64 x 64."""
+    flat = t.as_strided((t.shape[0], t.shape[1] * t.shape[2]), (t.stride(0), 1))
+    return TensorDescriptor.from_tensor(flat, [BLOCK, BLOCK], panel_layout(t.dtype))
+
+
+def forward_arguments(
+    qkv: tuple[Tensor, ...], results: tuple[Tensor, Tensor], lists: BlockLists, scale: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `forward_kernel` is launched with, by place and by name."""
+    q, k, v = qkv
+    out, lse = results
+    repeat = q.shape[1] // lists.num_mask_heads
+    bits = lists.intervals if lists.bits is None else lists.bits
+    interval_stride = lists.intervals.stride(0) if lists.intervals.shape[0] > 1 else 0
+    args = (
+        panels(q), panels(k), panels(v), out, lse,
+        lists.rows, lists.row_blocks, lists.row_kinds, lists.intervals, bits,
+        lists.rows.shape[0] * repeat, lists.q_len, lists.k_len, scale * LOG2_E, out.stride(0),
+        interval_stride,
+    )  # fmt: skip
+    names = {
+        "REPEAT": repeat,
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "STAGES": 2 if q.shape[2] == 128 else 4,
+        "PAIRS": lists.num_intervals,
+        "HAS_BITS": lists.bits is not None,
+        "num_warps": 4,
+        "maxnreg": 168,
+    }
+    return args, names
+
+
+def forward(
+    qkv: tuple[Tensor, ...], results: tuple[Tensor, Tensor], lists: BlockLists, scale: float
+) -> None:
+    """Write out and lse of the listed rows."""
+    args, names = forward_arguments(qkv, results, lists, scale)
+    programs = min(num_multiprocessors(qkv[0].device.index or 0), args[10])
+    forward_kernel[(programs,)](*args, **names)
