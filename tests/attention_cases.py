@@ -16,6 +16,7 @@ from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout, from_intervals, make_layout
 from dist_attn.masks import Causal, Documents, Full, Mask
+from tests.mask_zoo import zoo
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -120,6 +121,7 @@ def world_group() -> CommGroup:
 
 def mask_of(name: str, case: Case) -> Mask:
     masks = {
+        **zoo(),
         "full": Full(),
         "causal": Causal(),
         "documents": Documents(case.cu_seqlens),

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.attention.ring import Ring
+from dist_attn.attention.step import Kernel
 from dist_attn.attention.strategy import Call, Local, Strategy
 from dist_attn.attention.ulysses import Ulysses
-from dist_attn.attention.workload import Kernel, workload
+from dist_attn.attention.workload import workload
 from dist_attn.comm.ledger import Ledger
 from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
@@ -79,7 +80,7 @@ def attention(  # noqa: PLR0913
     scale = q_LHD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     backend = choose_backend(q_LHD.device, q_LHD.dtype, q_LHD.shape[-1]).backend
     call = Call(
-        work=workload(mask, layout, group.cp_rank),
+        work=workload(mask, layout, group.cp_rank, q_LHD.shape[1]),
         group=group,
         kernel=Kernel(backend, scale, deterministic),
         num_kv_heads=k_LKD.shape[1],

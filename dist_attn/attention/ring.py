@@ -15,8 +15,9 @@ from dist_attn_kernels.dense import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
+from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, Residuals
-from dist_attn.attention.workload import Gradients, Workload
+from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange
 
 

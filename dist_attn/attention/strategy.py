@@ -9,7 +9,8 @@ from dist_attn_kernels.dense import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
-from dist_attn.attention.workload import Gradients, Kernel, Workload
+from dist_attn.attention.step import Gradients, Kernel
+from dist_attn.attention.workload import Workload
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
 

@@ -14,8 +14,8 @@ from dist_attn_kernels.dense import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
+from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, Residuals
-from dist_attn.attention.workload import Gradients
 from dist_attn.comm.all_to_all import all_to_all
 
 
@@ -73,7 +73,8 @@ class Ulysses:
         total = SoftmaxSum(q_heads, v.shape[-1])
         if q_heads.numel():
             k_read, v_read = _read(k_heads, read), _read(v_heads, read)
-            call.work.stream.forward(call.kernel, q_heads, k_read, v_read, total)
+            first = split.q[call.group.cp_rank][0]
+            call.work.stream.forward(call.kernel, q_heads, k_read, v_read, total, first)
         out_heads, lse_heads = total.result()
         (out,) = trade.to_tokens([out_heads], [split.q])
         lse = None
@@ -96,7 +97,8 @@ class Ulysses:
         total = Gradients(RowSum(q), RowSum(k_read), RowSum(v_read))
         if q.numel():
             saved = Saved(dout_heads, q, k_read, v_read, out, lse)
-            call.work.stream.backward(call.kernel, saved, total)
+            first = split.q[call.group.cp_rank][0]
+            call.work.stream.backward(call.kernel, saved, total, first)
         dq_heads = total.dq.result()
         wide = accumulation_dtype(k.dtype) if split.replicated else k.dtype
         dkv_heads = [_fold(s, read, k.shape[1]).to(wide) for s in (total.dk, total.dv)]

@@ -7,116 +7,65 @@ layer; the steps are cut when they are first asked for.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from dist_attn_kernels.dense import Backend, Saved, Segments
 from torch import Tensor
 
-from dist_attn.attention.accumulate import Rows, RowSum, SoftmaxSum
-from dist_attn.attention.staircase import DenseCall, dense_calls
-from dist_attn.errors import PlanError
+from dist_attn.attention.staircase import dense_calls
+from dist_attn.attention.step import DenseStep, Step
+from dist_attn.attention.tile_step import TileStep
 from dist_attn.layout import IntArray, Layout
 from dist_attn.masks import DenseForm, Mask, dense_form
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How a step is computed."""
-
-    backend: Backend
-    softmax_scale: float
-    deterministic: bool = False
-
-
-@dataclass
-class Gradients:
-    """Sums of one step's or several steps' gradients."""
-
-    dq: RowSum
-    dk: RowSum
-    dv: RowSum
-
-
-class Step:
-    """The local queries against the keys of one rank."""
-
-    def __init__(self, calls: list[DenseCall]) -> None:
-        self._calls = [
-            (
-                Rows(call.q),
-                Rows(call.k),
-                Segments(_boundaries(call.q), _boundaries(call.k), call.causal),
-            )
-            for call in calls
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._calls)
-
-    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, total: SoftmaxSum) -> None:
-        """Add this step's part of the output."""
-        for q_rows, k_rows, segments in self._calls:
-            out, lse = kernel.backend.forward(
-                q_rows.take(q), k_rows.take(k), k_rows.take(v), segments, kernel.softmax_scale
-            )
-            total.add(q_rows, out, lse)
-
-    def backward(self, kernel: Kernel, saved: Saved, total: Gradients) -> None:
-        """Add this step's part of the gradients; `saved` has out and lse over all steps."""
-        for q_rows, k_rows, segments in self._calls:
-            part = Saved(
-                q_rows.take(saved.dout),
-                q_rows.take(saved.q),
-                k_rows.take(saved.k),
-                k_rows.take(saved.v),
-                q_rows.take(saved.out),
-                q_rows.take(saved.lse, 1),
-            )
-            dq, dk, dv = kernel.backend.backward(
-                part, segments, kernel.softmax_scale, kernel.deterministic
-            )
-            total.dq.add(q_rows, dq)
-            total.dk.add(k_rows, dk)
-            total.dv.add(k_rows, dv)
+from dist_attn.masks.parts import intersect, merge, union_over_rows
 
 
 class Workload:
     """The steps of one rank, and which rank needs whose keys."""
 
-    def __init__(self, mask: Mask, layout: Layout, cp_rank: int) -> None:
-        form = dense_form(mask, layout.seq_len)
-        if form is None:
-            raise PlanError(
-                f"no kernel for the mask {mask!r}: the dense kernels take Full, Causal, Documents "
-                f"and their `&`"
-            )
+    def __init__(self, mask: Mask, layout: Layout, cp_rank: int, num_heads: int) -> None:
         self.layout = layout
         self.cp_rank = cp_rank
-        self._form = form
+        self._mask = mask
+        self._num_heads = num_heads
+        self._form = dense_form(mask, layout.seq_len)
 
     @functools.cache  # noqa: B019 - the workload outlives its steps by design
     def step(self, source: int) -> Step:
         """Cut the local queries against the keys of rank `source`."""
-        q_positions, k_positions = self._positions(self.cp_rank), self._positions(source)
-        return Step(dense_calls(self._form, q_positions, k_positions))
+        return self._step(self._positions(self.cp_rank), self._positions(source))
 
     @functools.cached_property
     def needs(self) -> np.ndarray:
         """Whether rank r has a query that sees a key of rank s, bool [cp_size, cp_size]."""
-        reach = [_reach(self._form, self._positions(r)) for r in range(self.layout.cp_size)]
-        needs = np.zeros((self.layout.cp_size, self.layout.cp_size), dtype=bool)
+        size = self.layout.cp_size
+        if self._form is None:
+            pieces = self.layout.pieces
+            found = [[len(intersect(self.needed(r), p)) > 0 for p in pieces] for r in range(size)]
+            return np.array(found)
+        needs = np.zeros((size, size), dtype=bool)
+        reach = [_reach(self._form, self._positions(r)) for r in range(size)]
         for r, (_, last_query) in enumerate(reach):
             for s, (first_key, _) in enumerate(reach):
                 needs[r, s] = (first_key <= last_query).any()
         return needs
 
+    @functools.cache  # noqa: B019
+    def needed(self, cp_rank: int) -> IntArray:
+        """Stream positions of the keys that queries of `cp_rank` see in any head, as intervals."""
+        q = self._positions(cp_rank)
+        patterns = {self._mask.pattern(head): head for head in range(self._num_heads)}
+        seen = [
+            union_over_rows(self._mask.touched(q, q, head), self.layout.seq_len)
+            for head in patterns.values()
+        ]
+        return merge(np.concatenate(seen))
+
     @functools.cached_property
     def stream(self) -> Step:
         """The whole stream against itself, as one rank with some of the heads computes it."""
         positions = np.arange(self.layout.seq_len)
-        return Step(dense_calls(self._form, positions, positions))
+        return self._step(positions, positions)
 
     @functools.cache  # noqa: B019
     def stream_order(self, device: torch.device) -> Tensor | None:
@@ -128,15 +77,20 @@ class Workload:
         """Index that puts the stream into the ranks' order; None if it is in it already."""
         return _index(self.layout.rank_order, device)
 
+    def _step(self, q_positions: IntArray, k_positions: IntArray) -> Step:
+        if self._form is None:
+            return TileStep(self._mask, q_positions, k_positions)
+        return DenseStep(dense_calls(self._form, q_positions, k_positions))
+
     @functools.cache  # noqa: B019
     def _positions(self, cp_rank: int) -> IntArray:
         return self.layout.positions(cp_rank)
 
 
 @functools.lru_cache(maxsize=64)
-def workload(mask: Mask, layout: Layout, cp_rank: int) -> Workload:
+def workload(mask: Mask, layout: Layout, cp_rank: int, num_heads: int) -> Workload:
     """Return the workload of a rank, the same object for the same mask and layout objects."""
-    return Workload(mask, layout, cp_rank)
+    return Workload(mask, layout, cp_rank, num_heads)
 
 
 def _reach(form: DenseForm, positions: IntArray) -> tuple[IntArray, IntArray]:
@@ -151,11 +105,6 @@ def _reach(form: DenseForm, positions: IntArray) -> tuple[IntArray, IntArray]:
     first[held] = positions[bounds[:-1][held]]
     last[held] = positions[bounds[1:][held] - 1] if form.causal else form.cu_seqlens[1:][held] - 1
     return first, last
-
-
-def _boundaries(intervals: IntArray) -> tuple[int, ...]:
-    sizes = intervals[:, 1] - intervals[:, 0]
-    return (0, *np.cumsum(sizes).tolist())
 
 
 def _index(order: IntArray, device: torch.device) -> Tensor | None:

@@ -23,8 +23,10 @@ from tests.attention_cases import (
     together,
     world_group,
 )
+from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
+ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
 
@@ -50,6 +52,18 @@ def test_causal_documents(strategy, layout_kind, cp_size):
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_masks(strategy, mask_name):
     check(ODD, mask_name, "zigzag", strategy, 3)
+
+
+@pytest.mark.parametrize("mask_name", zoo())
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_masks_of_the_field(strategy, mask_name):
+    check(ZOO_CASE, mask_name, "zigzag", strategy, 3)
+
+
+@pytest.mark.parametrize("layout_kind", ["contiguous", "scattered"])
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_per_head_masks_on_any_layout(strategy, layout_kind):
+    check(ZOO_CASE, "s2 and a dense head", layout_kind, strategy, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
