@@ -1,233 +1,165 @@
-"""The program relaxed over length classes and time classes: a lower bound, and times to aim at.
+"""The program relaxed over length classes and time classes: a proven lower bound.
 
-Documents of nearly one length form a length class k; micro-batches whose time lies in one interval
-(tau_t, tau_t+1] form a time class t. With c running over group classes:
+Documents of nearly one length form a length class k; micro-batches whose time lies in an interval
+(tau_t, tau_t+1] form a time class t; group classes c whose short documents cost about the same form
+a tier q. With D devices in all:
 
-    count_t          micro-batches of time class t
-    total_t          seconds of them together
-    share_kct        share of length class k that lies in groups of class c in time class t
+    count_t     micro-batches of time class t
+    total_t     their seconds together
+    part_qt     devices that groups of tier q have in them, as a share of D
+    share_kct   share of length class k that lies in groups of class c in time class t
 
-minimise  sum over t of total_t  subject to, per pool p and over all devices together,
+minimise  sum over t of total_t  subject to
 
-    sum over c, t of share_kct = 1                                             every length class
-    sum over k, c of d_c s_kc share_kct <= D_p (total_t - f count_t)           device time
-    sum over k, c of d_c n_k / Q_c share_kct <= D_p count_t                    memory, in devices
-    sum over k, c of d_c [k cannot share a c with its like] share_kct <= D_p count_t      slots
-    sum over t that can hold k of count_t >= 1                                 longest documents
+    sum over c, t of share_kct = 1                                       every length class
+    sum over k, c of d_c s_kc share_kct / D <= total_t - f count_t       device seconds
+    sum over q of part_qt <= count_t                                     devices
+    sum over k, c in q of (memory, slots or seconds)_kct share_kct <= part_qt    within each tier
+    total_t - tau_t count_t >= sum over c of (need_kc - tau_t) share_kct    for single long documents
     tau_t count_t <= total_t <= tau_t+1 count_t
+    sum over t that can hold the longest document of count_t >= 1
 
-Every plan satisfies these with its own shares, so the optimum bounds every plan from below, provided
-s_kc is the least seconds per token in the class and a class may use c in t as soon as one of its
-documents can. Integer counts tighten it, and are the times that packing starts from.
+A slot is a whole group: a document that fills more than half of a group's memory or time cannot
+share it with its like. Its memory counts in full where the time it leaves does not let others use
+the rest. Every plan satisfies these with its own shares, so the optimum bounds every plan from
+below, provided s_kc is the least seconds per token in its length class. Branching on the counts
+(their sums from the longest class on are integers) and on the places of the longest documents
+tightens it; every node is a linear program, whose optimum is trusted, where an integer solver's
+bound would not be.
 """
 
 from __future__ import annotations
 
+import heapq
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.planner.cost import FloatArray, IntArray
-from dist_attn.planner.highs import LinearProgram, Solution, solve_linear_program
+from dist_attn.planner.highs import WarmProgram
 from dist_attn.planner.program import Program
+from dist_attn.planner.relaxation import Relaxation, build_relaxation
 
 
 @dataclass(frozen=True)
-class Relaxation:
-    """The outcome: a proven bound, and micro-batch times to aim at, longest first."""
+class Bound:
+    """A lower bound, the linear programs it took, and whether the clock cut it."""
 
-    lower_bound_s: float
-    times: tuple[float, ...]
+    value_s: float
     programs: int
+    late: bool
 
 
 @dataclass(frozen=True)
-class _Table:
-    """One entry per (length class, group class, time class) that may be used."""
+class _Node:
+    """Limits of the counts' sums and columns that are shut."""
 
-    length_class: IntArray
-    group_class: IntArray
-    time_class: IntArray
-    device_s: FloatArray
-    devices: FloatArray
-    slots: FloatArray
+    at_least: tuple[float, ...]
+    at_most: tuple[float, ...]
+    shut: frozenset[int]
 
 
-def relax(program: Program, num_time_classes: int = 12) -> Relaxation:
-    """Solve the relaxation with continuous counts for the bound and with integers for the times."""
-    taus = _time_classes(program, num_time_classes)
-    starts = _length_classes(program)
-    table = _table(program, taus, starts)
-    scale = float(program.seconds.min(axis=0).max()) + min(c.fixed_s for c in program.classes)
-    scale = scale or 1.0
-    linear = _linear_program(program, table, taus, len(starts), scale)
-    continuous = solve_linear_program(linear)
-    assert continuous is not None, "the relaxation holds every plan, and one exists without limits"
-    num_times = len(taus) - 1
-    linear.integer = np.zeros(len(linear.cost), dtype=bool)
-    linear.integer[:num_times] = True
-    whole = solve_linear_program(linear) or continuous
-    return Relaxation(
-        # LP optima hold to HiGHS's tolerances of 1e-7.
-        lower_bound_s=continuous.objective * scale * (1 - 1e-6),
-        times=_times(whole, num_times, scale),
-        programs=2,
-    )
-
-
-def _times(solution: Solution, num_times: int, scale: float) -> tuple[float, ...]:
-    times: list[float] = []
-    for count, total in zip(
-        solution.values[:num_times], solution.values[num_times : 2 * num_times], strict=True
-    ):
-        whole = int(np.ceil(count - 1e-3))
-        times += [float(total) * scale / max(whole, 1)] * whole
-    return tuple(sorted(times, reverse=True)) or (float(solution.objective) * scale,)
-
-
-def _time_classes(program: Program, count: int) -> FloatArray:
-    """Boundaries of the time classes, from nothing to no limit."""
-    fixed = np.array([c.fixed_s for c in program.classes])[:, None]
-    quickest = (program.seconds + fixed).min(axis=0)
-    work = program.seconds * np.array([c.degree for c in program.classes])[:, None]
-    frugal = np.argmin(work, axis=0)
-    cheapest = (program.seconds + fixed)[frugal, np.arange(len(program.lengths))]
-    low, high = float(np.median(quickest)), float(cheapest.max())
-    # The fullest rank of the shortest documents also tells where times lie.
-    full = program.seconds.sum(axis=1) / max(program.lengths.sum(), 1)
-    memory = np.array([c.capacity_tokens for c in program.classes])
-    usual = float(np.nanmin(np.where(np.isfinite(full), full * memory, np.nan), initial=high))
-    low = max(min(low, usual * 0.5), high * 1e-3, 1e-9)
-    high = max(high, usual, low * 1.01)
-    return np.concatenate([[0.0], np.geomspace(low, high * (1 + 1e-9), count), [np.inf]])
-
-
-def _length_classes(program: Program, tolerance: float = 0.01) -> IntArray:
-    """Where each length class starts: work per token within it differs by at most `tolerance`."""
-    degrees = np.array([c.degree for c in program.classes])[:, None]
-    lengths = np.maximum(program.lengths, 1)
-    per_token = (program.seconds * degrees).min(axis=0) / lengths
-    fits = np.isfinite(program.seconds).sum(axis=0)
-    starts = [0]
-    for i in range(1, len(lengths)):
-        first = starts[-1]
-        near = per_token[i] >= per_token[first] * (1 - tolerance)
-        if not near or fits[i] != fits[first] or (lengths[first] > 2 * lengths[i]):
-            starts.append(i)
-    return np.array(starts)
-
-
-def _table(program: Program, taus: FloatArray, starts: IntArray) -> _Table:
-    degrees = np.array([c.degree for c in program.classes], dtype=np.float64)
-    fixed = np.array([c.fixed_s for c in program.classes])
-    capacity = np.array([c.capacity_tokens for c in program.classes], dtype=np.float64)
-    tokens = np.add.reduceat(program.lengths, starts).astype(np.float64)
-    ends = np.append(starts[1:], len(program.lengths))
-    shortest = np.maximum(program.lengths[ends - 1], 1).astype(np.float64)
-    # Empty documents cost nothing and must not lend their price to the others of their class.
-    per_token = np.where(program.lengths > 0, program.seconds, np.inf)
-    per_token = per_token / np.maximum(program.lengths, 1)
-    least_per_token = np.minimum.reduceat(per_token, starts, axis=1)
-    least_s = np.minimum.reduceat(program.seconds, starts, axis=1)
-    counts = (ends - starts).astype(np.float64)
-    device_s = (
-        np.where(np.isfinite(least_per_token), least_per_token, 0) * tokens * degrees[:, None]
-    )
-    devices = tokens[None, :] * (degrees / capacity)[:, None]
-    columns = []
-    for t in range(len(taus) - 1):
-        spare = taus[t + 1] - fixed
-        usable = np.isfinite(least_s) & (least_s <= spare[:, None])
-        alone = (2 * shortest[None, :] > capacity[:, None]) | (2 * least_s > spare[:, None])
-        slots = np.where(alone, counts[None, :] * degrees[:, None], 0.0)
-        usable &= ~_dominated(program, device_s, devices, slots, usable)
-        c, k = np.nonzero(usable)
-        columns.append((k, c, np.full(len(k), t), device_s[c, k], devices[c, k], slots[c, k]))
-    k, c, t, s, d, z = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    return _Table(k, c, t, s, d, z)
-
-
-def _dominated(
+def lower_bound(
     program: Program,
-    device_s: FloatArray,
-    devices: FloatArray,
-    slots: FloatArray,
-    usable: FloatArray,
-) -> FloatArray:
-    """Group classes that need no less of anything than another usable one of the same pool."""
-    pools = np.array([c.kind.pool for c in program.classes])
-    worse = np.zeros_like(usable)
-    for c in range(len(pools)):
-        same = (pools == pools[c]) & (np.arange(len(pools)) != c)
-        better = (
-            usable[same]
-            & (device_s[same] <= device_s[c])
-            & (devices[same] <= devices[c] * (1 + 1e-12))
-            & (slots[same] <= slots[c])
-        )
-        strictly = (device_s[same] < device_s[c]) | (np.flatnonzero(same)[:, None] < c)
-        worse[c] = (better & strictly).any(axis=0)
-    return worse
+    predicted_s: float,
+    times: Sequence[float],
+    max_nodes: int,
+    deadline: float,
+    enough: float = 1e-3,
+) -> Bound:
+    """Bound every plan from below.
+
+    Args:
+        program: the program.
+        predicted_s: what a plan takes; the search ends when the bound comes within `enough` of it.
+        times: that plan's micro-batches, at which time classes are cut.
+        max_nodes: linear programs to solve.
+        deadline: `time.monotonic()` at which to stop.
+        enough: a relative gap that is good enough.
+    """
+    relaxation = build_relaxation(program, times, predicted_s)
+    solver = WarmProgram(relaxation.linear)
+    target = predicted_s / relaxation.scale_s * (1 - enough)
+    many = relaxation.num_times
+    root = _Node((0.0,) * many, (1e6,) * many, frozenset())
+    solved, late = 1, False
+    answer = _solve(solver, relaxation, root)
+    if answer is None:
+        return Bound(0.0, 1, False)
+    queue = [(answer[0], 0, root, answer[1])]
+    value = answer[0]
+    try:
+        while queue:
+            value = queue[0][0]
+            late = time.monotonic() > deadline
+            if value >= target or solved >= max_nodes or late:
+                break
+            children = _branch(relaxation, queue[0][2], queue[0][3])
+            if not children:
+                break
+            answers = [(child, _solve(solver, relaxation, child)) for child in children]
+            heapq.heappop(queue)
+            for child, answer in answers:
+                solved += 1
+                if answer is not None:
+                    heapq.heappush(queue, (answer[0], solved, child, answer[1]))
+        else:
+            # Every node was refuted: no plan lies below the one at hand.
+            value = target
+    except ArithmeticError:
+        # What is proven so far stands.
+        pass
+    # Optima hold to HiGHS's feasibility tolerance of 1e-7 per row.
+    return Bound(value * relaxation.scale_s * (1 - 1e-5), solved, late)
 
 
-def _linear_program(
-    program: Program, table: _Table, taus: FloatArray, num_lengths: int, scale: float
-) -> LinearProgram:
-    num_times = len(taus) - 1
-    least_fixed = min(c.fixed_s for c in program.classes) / scale
-    rows: list[IntArray] = []
-    columns: list[IntArray] = []
-    values: list[FloatArray] = []
-    lower: list[float] = []
-    upper: list[float] = []
+def _solve(
+    solver: WarmProgram, relaxation: Relaxation, node: _Node
+) -> tuple[float, np.ndarray] | None:
+    first = relaxation.first_sum_row
+    rows = range(first, first + relaxation.num_times)
+    solver.limit_rows(rows, node.at_least, node.at_most)
+    solver.shut_columns(node.shut)
+    return solver.solve()
 
-    def add(row: IntArray, column: IntArray, value: FloatArray) -> None:
-        rows.append(row)
-        columns.append(column)
-        values.append(value)
 
-    def begin(count: int, low: float, high: float) -> int:
-        lower.extend([low] * count)
-        upper.extend([high] * count)
-        return len(lower) - count
+def _branch(relaxation: Relaxation, node: _Node, solution: np.ndarray) -> list[_Node]:
+    """Two nodes that exclude this solution, or none when nothing is fractional."""
+    many = relaxation.num_times
+    sums = np.cumsum(solution[:many][::-1])[::-1]
+    fraction = np.abs(sums - np.round(sums))
+    if fraction.max() > 1e-5:
+        t = 0 if fraction[0] > 1e-5 else int(np.argmax(fraction))
+        return [_split(node, t, float(np.floor(sums[t])), up) for up in (False, True)]
+    for columns in relaxation.long_columns:
+        shares = solution[columns]
+        if shares.max() < 1 - 1e-4:
+            inside = _half(relaxation, columns, shares)
+            return [
+                _Node(node.at_least, node.at_most, node.shut | frozenset(part.tolist()))
+                for part in (columns[inside], columns[~inside])
+            ]
+    return []
 
-    count_t, total_t = np.arange(num_times), np.arange(num_times) + num_times
-    share = np.arange(len(table.time_class)) + 2 * num_times
-    ones = np.ones(num_times)
-    add(begin(num_lengths, 1.0, 1.0) + table.length_class, share, np.ones(len(share)))
-    pool_of = np.array([c.kind.pool for c in program.classes])[table.group_class]
-    sizes = [sum(n) for n in program.nodes]
-    sets = [(pool_of == p, sizes[p]) for p in range(len(sizes))] if len(sizes) > 1 else []
-    sets.append((np.ones(len(pool_of), dtype=bool), sum(sizes)))
-    for inside, size in sets:
-        here, t = share[inside], table.time_class[inside]
-        base = begin(num_times, -np.inf, 0.0) + count_t
-        add(base[t], here, table.device_s[inside] / size / scale)
-        add(base, total_t, -ones)
-        add(base, count_t, ones * least_fixed)
-        for amount in (table.devices[inside], table.slots[inside]):
-            base = begin(num_times, -np.inf, 0.0) + count_t
-            used = amount > 0
-            add(base[t[used]], here[used], amount[used] / size)
-            add(base, count_t, -ones)
-    base = begin(num_times, 0.0, np.inf) + count_t
-    add(base, total_t, ones)
-    add(base[1:], count_t[1:], -taus[1:-1] / scale)
-    base = begin(num_times - 1, -np.inf, 0.0) + count_t[:-1]
-    add(base, total_t[:-1], ones[:-1])
-    add(base, count_t[:-1], -taus[1:-1] / scale)
-    longest = table.time_class[table.length_class == 0].min()
-    base_row = begin(1, 1.0, np.inf)
-    add(np.full(num_times - longest, base_row), count_t[longest:], ones[longest:])
-    num_columns = 2 * num_times + len(share)
-    cost = np.zeros(num_columns)
-    cost[total_t] = 1.0
-    return LinearProgram(
-        cost=cost,
-        upper=np.full(num_columns, np.inf),
-        row_lower=np.array(lower),
-        row_upper=np.array(upper),
-        rows=np.concatenate(rows),
-        columns=np.concatenate(columns),
-        values=np.concatenate(values),
-    )
+
+def _split(node: _Node, t: int, whole: float, up: bool) -> _Node:
+    """At most `whole`, or at least one more, micro-batches from time class t on."""
+    at_least, at_most = list(node.at_least), list(node.at_most)
+    if up:
+        at_least[: t + 1] = [max(a, whole + 1) for a in at_least[: t + 1]]
+    else:
+        at_most[t:] = [min(a, whole) for a in at_most[t:]]
+    return _Node(tuple(at_least), tuple(at_most), node.shut)
+
+
+def _half(relaxation: Relaxation, columns: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Split one document's columns by time where it lies in several, else by group class."""
+    times = relaxation.time_class[columns - relaxation.first_share]
+    by_time = np.bincount(times, weights=shares, minlength=relaxation.num_times)
+    if by_time.max() < 1 - 1e-4:
+        later = np.cumsum(by_time[::-1])[::-1]
+        open_at = np.flatnonzero((later > 1e-4) & (later < 1 - 1e-4))
+        return times >= open_at[np.argmin(np.abs(later[open_at] - 0.5))]
+    classes = relaxation.group_class[columns - relaxation.first_share]
+    return classes == classes[np.argmax(shares)]

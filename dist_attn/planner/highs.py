@@ -1,94 +1,95 @@
-"""Linear and mixed-integer programs in arrays, solved by HiGHS."""
+"""Linear programs in arrays, solved again and again by HiGHS from where the last one ended."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
 from dist_attn.planner.cost import FloatArray, IntArray
 
 
-@dataclass
+_CONCLUSIVE = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible)
+
+
+@dataclass(frozen=True)
 class LinearProgram:
-    """Minimise cost @ v with 0 <= v <= upper and row_lower <= A v <= row_upper.
+    """Minimise cost @ v with v >= 0 and row_lower <= A v <= row_upper.
 
     A is given by its entries (rows, columns, values), none twice. Values should be near one: HiGHS
     compares with absolute tolerances.
     """
 
     cost: FloatArray
-    upper: FloatArray
     row_lower: FloatArray
     row_upper: FloatArray
     rows: IntArray
     columns: IntArray
     values: FloatArray
-    #: Which columns must be integers; None: a plain linear program.
-    integer: npt.NDArray[np.bool_] | None = None
 
 
-@dataclass(frozen=True)
-class Solution:
-    """An answer of HiGHS: values, objective, and whether it is proven optimal."""
+class WarmProgram:
+    """A linear program whose limits change between solutions; one thread, reproducible."""
 
-    values: FloatArray
-    objective: float
-    optimal: bool
+    def __init__(self, program: LinearProgram) -> None:
+        self._highs = highspy.Highs()
+        self._highs.setOptionValue("output_flag", False)
+        self._highs.setOptionValue("threads", 1)
+        self._highs.setOptionValue("random_seed", 0)
+        # Presolve costs more than the few pivots from one solution to the next.
+        self._highs.setOptionValue("presolve", "off")
+        self._highs.passModel(_model(program))
+        self._shut: frozenset[int] = frozenset()
 
+    def limit_rows(self, rows: range, lower: Sequence[float], upper: Sequence[float]) -> None:
+        """Replace the limits of some rows."""
+        for row, low, high in zip(rows, lower, upper, strict=True):
+            self._highs.changeRowBounds(row, low, high)
 
-def solve_linear_program(
-    program: LinearProgram, *, max_nodes: int = 200, relative_gap: float = 1e-3
-) -> Solution | None:
-    """Solve on one thread, reproducibly.
+    def shut_columns(self, columns: frozenset[int]) -> None:
+        """Fix these columns at zero, and no others."""
+        for column in self._shut - columns:
+            self._highs.changeColBounds(column, 0.0, highspy.kHighsInf)
+        for column in columns - self._shut:
+            self._highs.changeColBounds(column, 0.0, 0.0)
+        self._shut = columns
 
-    Args:
-        program: the program.
-        max_nodes: branch-and-bound nodes of an integer program, a work limit rather than a time limit.
-        relative_gap: when an integer program counts as solved.
+    def solve(self) -> tuple[float, FloatArray] | None:
+        """Optimum and solution; None when the limits contradict each other.
 
-    Returns:
-        The solution, or None when there is none (or none was found within the work limit).
-    """
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("random_seed", 0)
-    highs.setOptionValue("mip_max_nodes", max_nodes)
-    highs.setOptionValue("mip_rel_gap", relative_gap)
-    highs.passModel(_model(program))
-    highs.run()
-    status = highs.getModelStatus()
-    info = highs.getInfo()
-    if info.primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
-        return None
-    return Solution(
-        values=np.array(highs.getSolution().col_value),
-        objective=float(info.objective_function_value),
-        optimal=status == highspy.HighsModelStatus.kOptimal,
-    )
+        Raises:
+            ArithmeticError: HiGHS came to neither, also from scratch.
+        """
+        self._highs.run()
+        status = self._highs.getModelStatus()
+        if status not in _CONCLUSIVE:
+            self._highs.clearSolver()
+            self._highs.run()
+            status = self._highs.getModelStatus()
+        if status not in _CONCLUSIVE:
+            raise ArithmeticError(f"HiGHS ended with {self._highs.modelStatusToString(status)}")
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        objective = float(self._highs.getInfo().objective_function_value)
+        return objective, np.array(self._highs.getSolution().col_value)
 
 
 def _model(program: LinearProgram) -> highspy.HighsLp:
     by_column = np.lexsort((program.rows, program.columns))
-    num_columns, num_rows = len(program.cost), len(program.row_lower)
+    num_columns = len(program.cost)
     model = highspy.HighsLp()
     model.num_col_ = num_columns
-    model.num_row_ = num_rows
+    model.num_row_ = len(program.row_lower)
     model.col_cost_ = program.cost
     model.col_lower_ = np.zeros(num_columns)
-    model.col_upper_ = program.upper
+    model.col_upper_ = np.full(num_columns, highspy.kHighsInf)
     model.row_lower_ = program.row_lower
     model.row_upper_ = program.row_upper
     model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    model.a_matrix_.start_ = np.searchsorted(
-        program.columns[by_column], np.arange(num_columns + 1)
-    ).astype(np.int32)
+    starts = np.searchsorted(program.columns[by_column], np.arange(num_columns + 1))
+    model.a_matrix_.start_ = starts.astype(np.int32)
     model.a_matrix_.index_ = program.rows[by_column].astype(np.int32)
     model.a_matrix_.value_ = program.values[by_column]
-    if program.integer is not None:
-        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
-        model.integrality_ = [kinds[int(i)] for i in program.integer]
     return model

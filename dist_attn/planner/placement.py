@@ -6,28 +6,25 @@ import numpy as np
 
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import Costs, GroupKind
-from dist_attn.planner.packing import OpenGroup
+from dist_attn.planner.fluid import Groups, OpenGroup
 from dist_attn.planner.plan import Group, MicroBatch
 from dist_attn.planner.program import Program
 
 
 def place(
-    program: Program, groups: list[OpenGroup], cluster: Cluster, cost: Costs
+    program: Program, batches: list[Groups], cluster: Cluster, cost: Costs
 ) -> tuple[MicroBatch, ...]:
     """Give every group its ranks, and each group the strategy that is best for all its documents.
 
     Large groups come first and take ranks in order, so that the same sets of ranks return from
-    micro-batch to micro-batch and step to step.
+    micro-batch to micro-batch and step to step. The slowest micro-batch comes first.
     """
-    by_micro_batch: dict[int, list[OpenGroup]] = {}
-    for group in groups:
-        by_micro_batch.setdefault(group.micro_batch, []).append(group)
-    found = [_place_one(program, members, cluster, cost) for members in by_micro_batch.values()]
-    return tuple(sorted(found, key=lambda m: -m.time_s))
+    found = [_place_one(program, groups, cluster, cost) for groups in batches if groups]
+    return tuple(sorted(found, key=lambda m: (-m.time_s, m.groups[0].documents)))
 
 
 def _place_one(
-    program: Program, members: list[OpenGroup], cluster: Cluster, cost: Costs
+    program: Program, members: Groups, cluster: Cluster, cost: Costs
 ) -> MicroBatch:
     classes = program.classes
 

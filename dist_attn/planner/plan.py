@@ -63,9 +63,9 @@ class SolverReport:
 
     method: str
     seconds: float = 0.0
-    #: Programs given to HiGHS and packings tried.
+    #: Linear programs solved, and steps of the search.
     programs: int = 0
-    packings: int = 0
+    steps: int = 0
     #: The clock, not the work limit, ended the search, so that another run may end elsewhere.
     time_limit_reached: bool = False
 

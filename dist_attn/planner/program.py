@@ -61,6 +61,8 @@ class Program:
     #: Per pool, the devices of each of its nodes.
     nodes: tuple[tuple[int, ...], ...]
     max_micro_batches: int
+    #: Whether groups may fail to find a node although there are devices enough.
+    tight_nodes: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -106,6 +108,7 @@ def build_program(
         seconds=seconds,
         nodes=nodes,
         max_micro_batches=planner.max_micro_batches,
+        tight_nodes=not all(tiled for p, _, _, tiled in _pools(cluster, degrees) if p >= 0),
     )
 
 

@@ -1,0 +1,326 @@
+"""Ruin and recreate: where the long documents go.
+
+From a first arrangement, a step takes out some groups (of one micro-batch whose time is aimed anew,
+or a few anywhere) and puts their documents back one by one where they cost least: seconds that they
+add to their micro-batch, plus the price of the short documents' room that they take. Worse
+arrangements are accepted with a probability that falls to nothing. The work is a number of steps, so
+that the same seed gives the same arrangement.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass, field
+
+from dist_attn.planner.fluid import Fluid, Groups, OpenGroup, Profile, Score
+
+#: Groups of one micro-batch that an insertion looks at; of more, a random run of them.
+_WINDOW = 96
+
+
+@dataclass
+class Arrangement:
+    """Micro-batches of groups of long documents, with their profiles and their score."""
+
+    batches: list[Groups]
+    profiles: list[Profile]
+    score: Score
+
+
+@dataclass
+class _Draft:
+    """An arrangement that documents are being put into, with the times that are aimed at."""
+
+    batches: list[Groups]
+    times: list[float]
+    price: float
+    changed: set[int] = field(default_factory=set)
+    free: list[list[int]] = field(default_factory=list)
+    #: Short tokens that one free device of each pool holds at the time aimed at.
+    worth: list[list[float]] = field(default_factory=list)
+
+
+class Search:
+    """The search over one program."""
+
+    def __init__(self, fluid: Fluid, seed: int, max_batches: int, deadline: float) -> None:
+        self.fluid = fluid
+        self.random = random.Random(seed)
+        self.max_batches = max_batches
+        self.deadline = deadline
+        self.late = False
+        self.steps = 0
+
+    def start(self, aim_s: float, num_batches: int) -> Arrangement | None:
+        """Insert the long documents, longest first, into batches that aim at one time.
+
+        Returns:
+            The arrangement, or None when it takes more micro-batches than allowed.
+        """
+        empty: list[Groups] = [[] for _ in range(num_batches)]
+        draft = _Draft(empty, [aim_s] * num_batches, self.fluid.default_price)
+        self._prepare(draft)
+        for i in range(self.fluid.num_long):
+            if not self._insert(draft, i):
+                draft.batches.append([])
+                draft.times.append(aim_s)
+                self._prepare(draft)
+                if len(draft.batches) > self.max_batches or not self._insert(draft, i):
+                    return None
+        return self._arrange(draft.batches)
+
+    def run(self, first: Arrangement, steps: int, warmth: float = 0.001) -> Arrangement:
+        """Improve by `steps` steps; returns the best arrangement seen."""
+        now = best = first
+        for step in range(steps):
+            if step % 32 == 0 and time.monotonic() > self.deadline:
+                self.late = True
+                break
+            self.steps += 1
+            found = self._step(now)
+            if found is None:
+                continue
+            worse = found.score.total - now.score.total
+            temperature = warmth * first.score.total * (1 - step / steps) ** 2
+            if worse <= 0 or self.random.random() < math.exp(-worse / max(temperature, 1e-300)):
+                now = found
+                if now.score.total < best.score.total * (1 - 1e-9):
+                    best = now
+        return best
+
+    def _arrange(self, batches: list[Groups]) -> Arrangement | None:
+        profiles = [self.fluid.profile(groups) for groups in batches]
+        if not all(p.feasible for p in profiles):
+            return None
+        return self._settle(batches, profiles)
+
+    def _settle(self, batches: list[Groups], profiles: list[Profile]) -> Arrangement | None:
+        """Score; drop micro-batches that nothing needs, add those that short documents need."""
+        score = self.fluid.score(profiles)
+        while len(batches) > 1 and [] in batches:
+            m = batches.index([])
+            fewer = profiles[:m] + profiles[m + 1 :]
+            trial = self.fluid.score(fewer)
+            if trial.total >= score.total:
+                break
+            batches, profiles, score = batches[:m] + batches[m + 1 :], fewer, trial
+        if score.missing:
+            batches = batches + [[] for _ in range(score.missing)]
+            if len(batches) > self.max_batches:
+                return None
+            profiles = profiles + [self.fluid.empty] * score.missing
+            score = self.fluid.score(profiles)
+        return Arrangement(batches, profiles, score)
+
+    def _step(self, now: Arrangement) -> Arrangement | None:
+        draft = _Draft(
+            list(now.batches), list(now.score.times), now.score.price or self.fluid.default_price
+        )
+        out = self._ruin(draft)
+        if not out:
+            return None
+        self._prepare(draft)
+        if self.random.random() < 0.8:
+            out.sort()
+        else:
+            self.random.shuffle(out)
+        for i in out:
+            if not self._insert(draft, i):
+                return None
+        profiles = list(now.profiles)
+        for m in sorted(draft.changed):
+            profile = self.fluid.profile(draft.batches[m])
+            if not profile.feasible:
+                return None
+            if m < len(profiles):
+                profiles[m] = profile
+            else:
+                profiles.append(profile)
+        return self._settle(draft.batches, profiles)
+
+    def _ruin(self, draft: _Draft) -> list[int]:
+        """Take groups or documents out; returns the documents."""
+        choose = self.random.random
+        count = len(draft.batches)
+        out: list[int] = []
+        m = int(choose() * count)
+        if choose() < 0.5 and draft.batches[m]:
+            aim = self._aim(draft, m)
+            share = 0.3 if aim > draft.times[m] else 0.1
+            limit = aim * 1.0001
+            fixed = self.fluid.fixed
+            self._keep(
+                draft,
+                m,
+                [g for g in draft.batches[m] if fixed[g.cls] + g.seconds <= limit and choose() > share],
+                out,
+            )
+            draft.times[m] = aim
+            if choose() < 0.7:
+                other = int(choose() * count)
+                if other != m:
+                    self._keep(draft, other, [g for g in draft.batches[other] if choose() > 0.3], out)
+            return out
+        for _ in range(1 + int(choose() * 4)):
+            m = int(choose() * count)
+            groups = draft.batches[m]
+            if not groups:
+                continue
+            victim = groups[int(choose() * len(groups))]
+            rest = [g for g in groups if g is not victim]
+            if choose() < 0.4 and len(victim.documents) > 1:
+                i = victim.documents[int(choose() * len(victim.documents))]
+                out.append(i)
+                draft.batches[m] = [*rest, self._without(victim, i)]
+                draft.changed.add(m)
+            else:
+                self._keep(draft, m, rest, out)
+        return out
+
+    def _aim(self, draft: _Draft, m: int) -> float:
+        """A new time for a micro-batch: what its slowest group's first document needs elsewhere."""
+        fluid, choose = self.fluid, self.random.random
+        slowest = max(draft.batches[m], key=lambda g: fluid.fixed[g.cls] + g.seconds)
+        i = slowest.documents[0]
+        way = choose()
+        if way < 0.6:
+            options = fluid.options[i]
+            cls = options[int(choose() * len(options))]
+            return fluid.fixed[cls] + fluid.seconds[i][cls]
+        if way < 0.9:
+            return draft.times[m] * (0.8 + 0.4 * choose())
+        return fluid.empty.need
+
+    def _keep(self, draft: _Draft, m: int, kept: Groups, out: list[int]) -> None:
+        staying = {id(g) for g in kept}
+        for group in draft.batches[m]:
+            if id(group) not in staying:
+                out.extend(group.documents)
+        draft.batches[m] = kept
+        draft.changed.add(m)
+
+    def _without(self, group: OpenGroup, i: int) -> OpenGroup:
+        return OpenGroup(
+            group.cls,
+            group.seconds - self.fluid.seconds[i][group.cls],
+            group.tokens - self.fluid.lengths[i],
+            [d for d in group.documents if d != i],
+        )
+
+    def _prepare(self, draft: _Draft) -> None:
+        fluid = self.fluid
+        draft.free = []
+        for groups in draft.batches:
+            free = list(fluid.pool_sizes)
+            for group in groups:
+                pool = fluid.pool[group.cls]
+                if pool >= 0:
+                    free[pool] -= fluid.degree[group.cls]
+            draft.free.append(free)
+        draft.worth = [self._worth(t) for t in draft.times]
+
+    def _worth(self, time_s: float) -> list[float]:
+        fluid = self.fluid
+        worth = []
+        for filler in fluid.fillers:
+            if filler < 0:
+                worth.append(0.0)
+                continue
+            held = (time_s - fluid.fixed[filler]) * fluid.slope[filler]
+            worth.append(max(min(held, fluid.capacity[filler]), 0.0) / fluid.degree[filler])
+        return worth
+
+    def _insert(self, draft: _Draft, i: int) -> bool:
+        """Put a document where it costs least, into an open group or a new one."""
+        joined = self._best_group(draft, i)
+        opened = self._best_opening(draft, i)
+        if joined is None and opened is None:
+            return False
+        if opened is None or (joined is not None and joined[0] <= opened[0]):
+            assert joined is not None
+            _, m, position = joined
+            group = draft.batches[m][position]
+            cls = group.cls
+            group = OpenGroup(
+                cls,
+                group.seconds + self.fluid.seconds[i][cls],
+                group.tokens + self.fluid.lengths[i],
+                [*group.documents, i],
+            )
+            draft.batches[m] = draft.batches[m][:position] + [group] + draft.batches[m][position + 1 :]
+        else:
+            _, m, cls = opened
+            if m == len(draft.batches):
+                draft.batches.append([])
+                draft.times.append(0.0)
+                draft.free.append(list(self.fluid.pool_sizes))
+                draft.worth.append(self._worth(0.0))
+            group = OpenGroup(cls, self.fluid.seconds[i][cls], self.fluid.lengths[i], [i])
+            draft.batches[m] = [*draft.batches[m], group]
+            if self.fluid.pool[cls] >= 0:
+                draft.free[m][self.fluid.pool[cls]] -= self.fluid.degree[cls]
+        draft.changed.add(m)
+        needed = self.fluid.fixed[cls] + group.seconds
+        if needed > draft.times[m]:
+            draft.times[m] = needed
+            draft.worth[m] = self._worth(needed)
+        return True
+
+    def _best_group(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
+        """The open group that a document joins at the least cost: (cost, micro-batch, position)."""
+        fluid, price, choose = self.fluid, draft.price, self.random.random
+        fixed, slopes, capacity = fluid.fixed, fluid.slope, fluid.capacity
+        length, seconds = fluid.lengths[i], fluid.seconds[i]
+        best, found = math.inf, None
+        for m, groups in enumerate(draft.batches):
+            time_s = draft.times[m]
+            first = 0
+            if len(groups) > _WINDOW:
+                first = int(choose() * (len(groups) - _WINDOW))
+                groups = groups[first : first + _WINDOW]
+            for position, group in enumerate(groups, first):
+                cls = group.cls
+                room = capacity[cls] - group.tokens
+                if room < length:
+                    continue
+                spare = time_s - fixed[cls] - group.seconds
+                left = spare - seconds[cls]
+                before = min(spare * slopes[cls], room)
+                if left >= 0:
+                    cost = price * (before - min(left * slopes[cls], room - length))
+                else:
+                    cost = price * before - left
+                # Now and then the best is overlooked, for variety.
+                if cost < best and choose() > 0.03:
+                    best, found = cost, (cost, m, position)
+        return found
+
+    def _best_opening(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
+        """The new group that costs a document least: (cost, micro-batch, class)."""
+        fluid, price, choose = self.fluid, draft.price, self.random.random
+        length, seconds = fluid.lengths[i], fluid.seconds[i]
+        best, found = math.inf, None
+        for cls in fluid.options[i]:
+            pool, degree = fluid.pool[cls], fluid.degree[cls]
+            needed = fluid.fixed[cls] + seconds[cls]
+            slope, room = fluid.slope[cls], fluid.capacity[cls] - length
+            for m, free in enumerate(draft.free):
+                if degree > (free[pool] if pool >= 0 else sum(free)):
+                    continue
+                lost = degree * (draft.worth[m][pool] if pool >= 0 else min(draft.worth[m]))
+                left = draft.times[m] - needed
+                if left >= 0:
+                    cost = price * (lost - min(left * slope, room))
+                else:
+                    cost = price * lost - left
+                if cost < best and choose() > 0.03:
+                    best, found = cost, (cost, m, cls)
+            if False and len(draft.batches) < self.max_batches and draft.changed:
+                # A micro-batch of its own pays its time and earns the room of the other devices.
+                others = (sum(fluid.pool_sizes) - degree) * max(self._worth(needed))
+                cost = needed - price * others
+                if cost < best and choose() > 0.03:
+                    best, found = cost, (cost, len(draft.batches), cls)
+        return found
