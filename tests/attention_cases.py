@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dist_attn.attention import attention
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
-from dist_attn.layout import Layout, from_intervals, make_layout
+from dist_attn.layout import Layout, from_intervals, make_layout, shares_of_fractions
 from dist_attn.masks import Causal, Documents, Full, Mask
 from tests.mask_zoo import zoo
 
@@ -137,6 +137,10 @@ def layout_of(kind: str, case: Case) -> Layout:
         owner[owner == cp_size - 1] = 0  # the last rank holds nothing
         held = [np.flatnonzero(owner == r) for r in range(cp_size)]
         return from_intervals(case.seq_len, [np.stack([p, p + 1], 1) for p in held])
+    if kind == "placed":
+        weights = np.random.default_rng(case.seed).integers(0, 3, (len(case.lengths), cp_size))
+        shares = shares_of_fractions(case.lengths, weights + (weights.sum(1) == 0)[:, None])
+        return make_layout(kind, case.cu_seqlens, cp_size, shares=shares)
     return make_layout(kind, case.cu_seqlens, cp_size)
 
 

@@ -27,6 +27,7 @@ from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
+LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "placed", "scattered"]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
 
@@ -42,7 +43,7 @@ def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: 
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("layout_kind", ["contiguous", "zigzag", "scattered"])
+@pytest.mark.parametrize("layout_kind", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_causal_documents(strategy, layout_kind, cp_size):
     check(ODD, "causal documents", layout_kind, strategy, cp_size)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_attn.errors import PlanError
-from dist_attn.layout import Layout, from_intervals, make_layout
+from dist_attn.layout import Layout, from_intervals, make_layout, shares_of_fractions
+from dist_attn.masks import Queries, patterns
 
 lengths_st = st.lists(st.integers(0, 40), max_size=12)
 
@@ -67,3 +68,72 @@ def test_unknown_layouts_are_refused():
 def test_a_layout_that_loses_or_repeats_tokens_is_refused(intervals):
     with pytest.raises(PlanError, match="exactly once"):
         from_intervals(5, [np.array(i) for i in intervals]).validate()
+
+
+def long_tail(seed: int) -> np.ndarray:
+    """Boundaries of documents whose lengths have a long tail."""
+    lengths = np.random.default_rng(seed).lognormal(7.0, 1.6, 120).astype(int) + 1
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_balanced_is_within_5_percent_on_long_tails(seed):
+    cu = long_tail(seed)
+    layout = make_layout("balanced", cu, 8)
+    layout.validate()
+    area = causal_area(layout, cu)
+    assert max(area) < 1.05 * np.mean(area)
+    chunk = max(1, int(cu[-1]) // 256)
+    assert max(layout.local_seq_lens) - min(layout.local_seq_lens) <= 2 * chunk
+    striped = causal_area(make_layout("contiguous", cu, 8), cu)
+    assert max(striped) > 1.05 * np.mean(striped)
+
+
+def test_balanced_follows_the_area_it_is_given():
+    cu = np.array([0, 4096])
+    window = patterns.sliding_window(100) | Queries(0, 64)
+    layout = make_layout("balanced", cu, 4, chunk_areas=lambda p: window.row_areas(p, 4096))
+    areas = [int(window.row_areas(layout.positions(r), 4096).sum()) for r in range(4)]
+    assert max(areas) < 1.5 * np.mean(areas)
+
+
+@given(data=st.data(), cp_size=st.integers(1, 5))
+def test_placed_holds_what_it_was_told(data, cp_size):
+    lengths = np.array(data.draw(lengths_st), dtype=np.int64)
+    weights = data.draw(
+        st.lists(
+            st.lists(st.integers(0, 5), min_size=cp_size, max_size=cp_size).filter(any),
+            min_size=len(lengths),
+            max_size=len(lengths),
+        )
+    )
+    fractions = np.array(weights, dtype=float).reshape(len(lengths), cp_size)
+    shares = shares_of_fractions(lengths, fractions)
+    assert (shares.sum(axis=1) == lengths).all()
+    assert (shares[fractions == 0] == 0).all()
+    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+    layout = make_layout("placed", cu, cp_size, shares=shares)
+    layout.validate()
+    for r in range(cp_size):
+        held = np.searchsorted(layout.positions(r), cu)
+        assert np.diff(held).tolist() == shares[:, r].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "zigzag", "chunk_tokens": 4}, "takes no chunk_tokens"),
+        ({"kind": "striped", "chunk_tokens": 0}, "one token at least"),
+        ({"kind": "placed"}, "needs shares"),
+        ({"kind": "placed", "shares": np.array([[1, 2, 3]])}, r"must be \[1, 2\]"),
+        ({"kind": "placed", "shares": np.array([[1, 2]])}, r"add up to its 8 tokens, got \[1, 2\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        make_layout(cu_seqlens=[0, 8], cp_size=2, **arguments)
+
+
+def test_fractions_of_nothing_are_refused():
+    with pytest.raises(PlanError, match="not all of them 0"):
+        shares_of_fractions([3], np.zeros((1, 2)))
