@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad
@@ -208,8 +209,8 @@ def _prepare_deepspeed(device: torch.device) -> None:
 
     Its shared-memory collectives would take a minute and a half to build before the first step.
     """
-    if device.type == "cpu" and get_accelerator().device_name() != "cpu":
-        set_accelerator(CPU_Accelerator())
+    if get_accelerator().device_name() != device.type:
+        set_accelerator(CPU_Accelerator() if device.type == "cpu" else CUDA_Accelerator())
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_logger.setLevel(logging.WARNING)

@@ -43,9 +43,9 @@ PLANS: dict[str, list[list[tuple[int, ...]]]] = {
 STRATEGIES = ("ring", "ulysses")
 
 
-def config_of(stage: int, cache: str, pad: int = 1) -> Config:
+def config_of(stage: int, cache: str, pad: int = 1, dtype: str = "fp32") -> Config:
     return Config(
-        model=ModelConfig(dtype="fp32", num_heads=4, num_kv_heads=2),
+        model=ModelConfig(dtype=dtype, num_heads=4, num_kv_heads=2),
         data=DataConfig(
             max_document_tokens=700, overlong="split", cache_dir=cache, pad_to_multiple=pad
         ),
@@ -114,12 +114,17 @@ def errors(
 
 
 def run_plans(
-    cache: str, stage: int, cases: list[tuple[str, str]], expected: tuple, pad: int
+    cache: str,
+    stage: int,
+    cases: list[tuple[str, str]],
+    expected: tuple,
+    pad: int,
+    device: str = "cpu",
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Errors of every case, on one engine; and of a control whose loss weight is wrong."""
-    config = config_of(stage, cache, pad)
+    config = config_of(stage, cache, pad, "fp32" if device == "cpu" else "bf16")
     rank, size = dist.get_rank(), dist.get_world_size()
-    runtime = Runtime(rank, size, rank, size, torch.device("cpu"))
+    runtime = Runtime(rank, size, rank, size, torch.device(device))
     corpus = open_corpus(config.data, Path(cache))
     ids = documents_of(corpus.lengths)
     lengths = tuple(int(n) for n in corpus.lengths[ids])
@@ -135,7 +140,7 @@ def run_plans(
         if wrong:
             runner = StepRunner(wrong, corpus, config, runtime, pool)
         result = runner.accumulate(plan, ids)
-        gradients = {n: engine.full_gradient(n).clone() for n in expected[1]}
+        gradients = {n: engine.full_gradient(n).cpu().clone() for n in expected[1]}
         found[name, strategy] = errors(result.loss, gradients, expected)
         engine.step(lr=0.0)
     pool.close()
