@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -20,11 +20,15 @@ class CommGroup:
         ranks: global ranks, ascending.
         cp_rank: the place of the calling rank in `ranks`.
         process_group: None for a group of one rank, which never communicates.
+        inner: for strategies in two levels, the ranks of the caller's node.
+        outer: for strategies in two levels, the ranks at the caller's place in every node.
     """
 
     ranks: tuple[int, ...]
     cp_rank: int
     process_group: dist.ProcessGroup | None
+    inner: CommGroup | None = None
+    outer: CommGroup | None = None
 
     @property
     def cp_size(self) -> int:
@@ -85,13 +89,26 @@ class GroupPool:
                 _destroy(oldest)
             self._groups[ranks] = dist.new_group(list(ranks))
 
-    def get(self, ranks: Iterable[int]) -> CommGroup:
+    def get(self, ranks: Iterable[int], inner_size: int | None = None) -> CommGroup:
         """Look up the group of `ranks`, of which the calling rank must be one.
+
+        Args:
+            ranks: an ensured set of ranks.
+            inner_size: cut the group into nodes of so many ranks, for strategies in two levels; the
+                sets of `two_level_sets` must be ensured too.
 
         Raises:
             PlanError: the group was not ensured, or the caller is not in it.
         """
         ranks = _checked(ranks)
+        if inner_size is not None:
+            group = self.get(ranks)
+            caller = group.ranks[group.cp_rank]
+            inner, outer = (
+                self.get(next(s for s in sets if caller in s))
+                for sets in _levels(ranks, inner_size)
+            )
+            return replace(group, inner=inner, outer=outer)
         me = dist.get_rank() if dist.is_initialized() else 0
         if me not in ranks:
             raise PlanError(f"rank {me} asked for the group of ranks {ranks}, which it is not in")
@@ -108,6 +125,22 @@ class GroupPool:
         """End every group of the pool; `ensure` makes them anew."""
         while self._groups:
             _destroy(self._groups.popitem(last=False)[1])
+
+
+def two_level_sets(ranks: Iterable[int], inner_size: int) -> list[tuple[int, ...]]:
+    """Return the rank sets that a group needs for strategies in two levels, with its own."""
+    ranks = _checked(ranks)
+    inner, outer = _levels(ranks, inner_size)
+    return [ranks, *inner, *outer]
+
+
+def _levels(
+    ranks: tuple[int, ...], inner_size: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    if inner_size < 1 or len(ranks) % inner_size:
+        raise PlanError(f"nodes of {inner_size} ranks do not divide a group of {len(ranks)} ranks")
+    inner = [ranks[i : i + inner_size] for i in range(0, len(ranks), inner_size)]
+    return inner, [ranks[i::inner_size] for i in range(inner_size)]
 
 
 def _checked(ranks: Iterable[int]) -> tuple[int, ...]:

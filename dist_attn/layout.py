@@ -48,7 +48,7 @@ class Layout:
 
     def positions(self, cp_rank: int) -> IntArray:
         """Stream positions of the tokens of `cp_rank`, int64 [local_seq_len], ascending."""
-        return _expand(self.pieces[cp_rank])
+        return expand(self.pieces[cp_rank])
 
     @cached_property
     def stream_order(self) -> IntArray:
@@ -287,8 +287,8 @@ def _merge(intervals: IntArray) -> IntArray:
     return np.stack([intervals[begins, 0], intervals[ends, 1]], axis=1)
 
 
-def _expand(intervals: IntArray) -> IntArray:
-    """All integers of ascending intervals."""
+def expand(intervals: IntArray) -> IntArray:
+    """Return all integers of ascending intervals."""
     sizes = intervals[:, 1] - intervals[:, 0]
     shift = intervals[:, 0] - (np.cumsum(sizes) - sizes)
     return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(shift, sizes)

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from dist_attn.attention import attention
 from dist_attn.comm.ledger import Ledger
-from dist_attn.groups import CommGroup
+from dist_attn.groups import CommGroup, GroupPool, two_level_sets
 from dist_attn.layout import Layout, from_intervals, make_layout, shares_of_fractions
 from dist_attn.masks import Causal, Documents, Full, Mask
 from tests.mask_zoo import zoo
 
+#: Ranks of a node in tests of strategies in two levels, by the number of ranks.
+INNER_SIZE = {2: 1, 3: 3, 4: 2}
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -113,10 +115,13 @@ def assert_as_good_as_torch(got: dict[str, Tensor], case: Case, allowed: Tensor)
         assert found <= bound, f"{name}: error {found:.2e}, allowed {bound:.2e}"
 
 
-def world_group() -> CommGroup:
-    """All ranks."""
+def world_group(inner_size: int | None = None) -> CommGroup:
+    """All ranks, cut into nodes if asked."""
     ranks = tuple(range(dist.get_world_size()))
-    return CommGroup(ranks, dist.get_rank(), dist.group.WORLD)
+    pool = GroupPool()
+    if inner_size is not None:
+        pool.ensure(two_level_sets(ranks, inner_size))
+    return pool.get(ranks, inner_size)
 
 
 def mask_of(name: str, case: Case) -> Mask:
@@ -148,7 +153,9 @@ def attend(
     case: Case, mask_name: str, layout_kind: str, strategy: str, device: str = "cpu", **kwargs: Any
 ) -> dict[str, Any]:
     """One rank's part of out, lse and gradients, with its positions and what it has sent."""
-    group, layout, ledger = world_group(), layout_of(layout_kind, case), Ledger()
+    two_levels = "+" in strategy and dist.get_world_size() > 1
+    group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None)
+    layout, ledger = layout_of(layout_kind, case), Ledger()
     positions = torch.from_numpy(layout.positions(group.cp_rank))
     x = {name: t[positions].to(device) for name, t in case.tensors().items()}
     for name in "qkv":

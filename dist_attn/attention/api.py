@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_attn.attention.context import AttentionContext
+from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
 from dist_attn.attention.strategy import Call, Local, Strategy
@@ -22,7 +23,14 @@ from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout
 from dist_attn.masks import Mask
 
-STRATEGIES: dict[str, Strategy] = {"local": Local(), "ring": Ring(), "ulysses": Ulysses()}
+STRATEGIES: dict[str, Strategy] = {
+    "local": Local(),
+    "ring": Ring(),
+    "gather": Gather(),
+    "ulysses": Ulysses(Local()),
+    "ulysses+ring": Ulysses(Ring()),
+    "ulysses+gather": Ulysses(Gather()),
+}
 
 
 def attention(  # noqa: PLR0913
@@ -48,7 +56,8 @@ def attention(  # noqa: PLR0913
         mask: what may attend to what, in stream positions.
         layout: which rank holds which tokens; local lengths may differ and may be 0.
         group: the ranks.
-        strategy: `local`, `ring` or `ulysses`; a group of one is always local.
+        strategy: `local`, `ring`, `gather`, `ulysses`, or, for a group with an inner and an outer
+            group, `ulysses+ring` or `ulysses+gather`; a group of one is always local.
         softmax_scale: factor of the scores, by default 1 / sqrt(D).
         return_lse: also return the normaliser.
         deterministic: bitwise the same result every time, at some cost on a GPU.
@@ -65,6 +74,7 @@ def attention(  # noqa: PLR0913
     Collective:
         Every rank of the group, in the forward and again in the backward. ring: at most
         cp_size - 1 exchanges of keys and values; backward also of their gradients, in float32.
+        gather: as ring, of the keys and values that are seen, directly from who holds them.
         ulysses: two all-to-alls; backward two, or three if key/value heads are replicated.
 
     Numerics:
@@ -77,13 +87,18 @@ def attention(  # noqa: PLR0913
         strategy = "local"
     elif strategy == "local":
         raise PlanError(f"strategy 'local' is for one rank, the group has {group.cp_size}")
+    elif ("+" in strategy) != (group.inner is not None):
+        raise PlanError(
+            f"strategy '{strategy}' and the group do not fit: a strategy in two levels, and only "
+            f"that, takes a group with inner and outer ones, from GroupPool.get(ranks, inner_size)"
+        )
     scale = q_LHD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     backend = choose_backend(q_LHD.device, q_LHD.dtype, q_LHD.shape[-1]).backend
+    heads = tuple(range(q_LHD.shape[1]))
     call = Call(
-        work=workload(mask, layout, group.cp_rank, q_LHD.shape[1]),
+        work=workload(mask, layout, group.cp_rank, heads, k_LKD.shape[1]),
         group=group,
         kernel=Kernel(backend, scale, deterministic),
-        num_kv_heads=k_LKD.shape[1],
         ledger=ledger,
     )
     out, lse = _Attention.apply(q_LHD, k_LKD, v_LKD, call, STRATEGIES[strategy], return_lse)

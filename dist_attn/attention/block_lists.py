@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class BlockSparse:
         self,
         mask: Mask,
         positions: tuple[IntArray, IntArray],
-        heads: range,
+        heads: Sequence[int],
         num_kv_heads: int,
         device: torch.device,
     ) -> None:
@@ -100,7 +100,9 @@ class Tables:
     bits: npt.NDArray[np.int32] | None
 
 
-def list_tiles(mask: Mask, positions: tuple[IntArray, IntArray], heads: range) -> Tables | None:
+def list_tiles(
+    mask: Mask, positions: tuple[IntArray, IntArray], heads: Sequence[int]
+) -> Tables | None:
     """Return the tiles of some query heads, or None if there are none."""
     q_stretches, k_stretches = (stretches(p, BLOCK) for p in positions)
     patterns: dict[Hashable, list[int]] = {}

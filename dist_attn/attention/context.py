@@ -18,7 +18,7 @@ class AttentionContext:
         mask: what may attend to what, over the group's packed stream.
         layout: which rank of the group holds which tokens of the stream.
         group: the ranks that carry out the attention.
-        strategy: `local` for one rank, else `ring` or `ulysses`.
+        strategy: `local` for one rank, else one of those of `attention`.
         deterministic: bitwise the same result every time.
         num_padding: tokens at the end of this rank's tensors that belong to no document.
         ledger: counts what is sent.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dist_attn_kernels.dense import Saved
+from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype

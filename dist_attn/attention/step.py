@@ -42,11 +42,10 @@ class Step(Protocol):
         k: Tensor,
         v: Tensor,
         total: SoftmaxSum,
-        first_head: int = 0,
     ) -> None:
-        """Add this step's part of the output; the first query head is the mask's `first_head`."""
+        """Add this step's part of the output."""
 
-    def backward(self, kernel: Kernel, saved: Saved, total: Gradients, first_head: int = 0) -> None:
+    def backward(self, kernel: Kernel, saved: Saved, total: Gradients) -> None:
         """Add this step's part of the gradients; `saved` has out and lse over all steps."""
 
 
@@ -70,7 +69,6 @@ class DenseStep:
         k: Tensor,
         v: Tensor,
         total: SoftmaxSum,
-        first_head: int = 0,
     ) -> None:
         """See `Step`."""
         for q_rows, k_rows, segments in self._calls:
@@ -79,7 +77,7 @@ class DenseStep:
             )
             total.add(q_rows, out, lse)
 
-    def backward(self, kernel: Kernel, saved: Saved, total: Gradients, first_head: int = 0) -> None:
+    def backward(self, kernel: Kernel, saved: Saved, total: Gradients) -> None:
         """See `Step`."""
         for q_rows, k_rows, segments in self._calls:
             part = Saved(

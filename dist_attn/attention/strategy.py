@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from dist_attn_kernels.dense import Saved
+from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
@@ -22,7 +22,6 @@ class Call:
     work: Workload
     group: CommGroup
     kernel: Kernel
-    num_kv_heads: int
     ledger: Ledger | None = None
 
 
@@ -52,7 +51,7 @@ class Local:
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
         total = SoftmaxSum(q, v.shape[-1])
-        call.work.stream.forward(call.kernel, q, k, v, total)
+        call.work.step(0).forward(call.kernel, q, k, v, total)
         out, lse = total.result()
         return out, lse, (q, k, v, out, lse)
 
@@ -62,5 +61,5 @@ class Local:
         """See `Strategy`."""
         q, k, v, out, lse = residuals
         total = Gradients(RowSum(q), RowSum(k), RowSum(v))
-        call.work.stream.backward(call.kernel, Saved(dout, q, k, v, out, lse), total)
+        call.work.step(0).backward(call.kernel, Saved(dout, q, k, v, out, lse), total)
         return total.dq.result(), total.dk.result(), total.dv.result()

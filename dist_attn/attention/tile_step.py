@@ -37,10 +37,20 @@ class _RowOfTiles:
 
 
 class TileStep:
-    """The local queries against the keys of one rank, tile by tile."""
+    """The local queries against the keys of one rank, tile by tile.
 
-    def __init__(self, mask: Mask, q_positions: IntArray, k_positions: IntArray) -> None:
+    Args:
+        mask: the mask.
+        q_positions: ascending stream positions of the queries.
+        k_positions: ascending stream positions of the keys.
+        heads: the mask's number of each query head.
+    """
+
+    def __init__(
+        self, mask: Mask, q_positions: IntArray, k_positions: IntArray, heads: tuple[int, ...]
+    ) -> None:
         self._mask = mask
+        self._heads = heads
         self._q_positions = q_positions
         self._k_positions = k_positions
         self._lists: dict[Hashable, TileLists] = {}
@@ -53,21 +63,20 @@ class TileStep:
         k: Tensor,
         v: Tensor,
         total: SoftmaxSum,
-        first_head: int = 0,
     ) -> None:
-        """Add this step's part of the output; the first query head is the mask's `first_head`."""
+        """Add this step's part of the output."""
         if not len(q) or not len(k):
             return
         everything = Rows(np.array([[0, len(q)]]))
         if _on_gpu(q):
-            sparse = self._on_device(q, k, first_head)
+            sparse = self._on_device(q, k)
             if sparse.lists is not None:
                 total.add(everything, *sparse.forward(kernel.softmax_scale, q, k, v))
             return
         out = torch.zeros_like(q)
         lse_dtype = accumulation_dtype(q.dtype)
         lse = q.new_full((q.shape[1], len(q)), float("-inf"), dtype=lse_dtype)
-        for heads, kv_heads, first in self._head_groups(q, k, first_head):
+        for heads, kv_heads, first in self._head_groups(k):
             for row in self._rows(first, q.device):
                 part = reference.attention_forward(
                     q[row.q, heads],
@@ -79,13 +88,13 @@ class TileStep:
                 out[row.q, heads], lse[heads, row.q] = part
         total.add(everything, out, lse)
 
-    def backward(self, kernel: Kernel, saved: Saved, total: Gradients, first_head: int = 0) -> None:
+    def backward(self, kernel: Kernel, saved: Saved, total: Gradients) -> None:
         """Add this step's part of the gradients; `saved` has out and lse over all steps."""
         q, k, v = saved.q, saved.k, saved.v
         if not len(q) or not len(k):
             return
         if _on_gpu(q):
-            sparse = self._on_device(q, k, first_head)
+            sparse = self._on_device(q, k)
             if sparse.lists is not None:
                 dq, dk, dv = sparse.backward(kernel, saved)
                 total.dq.add_all(dq)
@@ -93,7 +102,7 @@ class TileStep:
                 total.dv.add_all(dv)
             return
         dq, dk, dv = total.dq.wide(), total.dk.wide(), total.dv.wide()
-        for heads, kv_heads, first in self._head_groups(q, k, first_head):
+        for heads, kv_heads, first in self._head_groups(k):
             for row in self._rows(first, q.device):
                 parts = reference.attention_backward(
                     saved.dout[row.q, heads],
@@ -110,17 +119,14 @@ class TileStep:
                 for grad, part in ((dk, parts[1]), (dv, parts[2])):
                     grad[index[:, None], kv_heads] += part
 
-    def _head_groups(
-        self, q: Tensor, k: Tensor, first_head: int
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def _head_groups(self, k: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Query heads of one pattern that share a key/value head, and one of them for the mask."""
-        num_heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+        repeats = len(self._heads) // k.shape[1]
         groups: dict[tuple[Hashable, int], list[int]] = {}
-        for head in range(num_heads):
-            pattern = self._mask.pattern(first_head + head)
-            groups.setdefault((pattern, head // repeats), []).append(head)
-        for (_, kv_head), heads in groups.items():
-            yield torch.tensor(heads), torch.tensor([kv_head]), first_head + heads[0]
+        for i, head in enumerate(self._heads):
+            groups.setdefault((self._mask.pattern(head), i // repeats), []).append(i)
+        for (_, kv_head), members in groups.items():
+            yield torch.tensor(members), torch.tensor([kv_head]), self._heads[members[0]]
 
     def _rows(self, head: int, device: torch.device) -> Iterator[_RowOfTiles]:
         row, key, full = self._tile_lists(head).expand()
@@ -146,12 +152,12 @@ class TileStep:
             self._lists[pattern] = tile_lists(self._mask, q, k, head)
         return self._lists[pattern]
 
-    def _on_device(self, q: Tensor, k: Tensor, first_head: int) -> BlockSparse:
-        key = (q.device, first_head, q.shape[1], k.shape[1])
+    def _on_device(self, q: Tensor, k: Tensor) -> BlockSparse:
+        key = (q.device, k.shape[1])
         if key not in self._block_sparse:
-            heads = range(first_head, first_head + q.shape[1])
+            positions = (self._q_positions, self._k_positions)
             self._block_sparse[key] = BlockSparse(
-                self._mask, (self._q_positions, self._k_positions), heads, k.shape[1], q.device
+                self._mask, positions, self._heads, k.shape[1], q.device
             )
         return self._block_sparse[key]
 

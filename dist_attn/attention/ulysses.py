@@ -1,4 +1,6 @@
-"""Ulysses: an all-to-all gives each rank the whole stream for some of the heads, and back.
+"""Ulysses: an all-to-all gives each rank all tokens of its node for some of the heads, and back.
+
+A node is the whole group, or in a hybrid a part of it; then another strategy works across nodes.
 
 Query heads are dealt out as evenly as they can be. Of the key/value heads a rank gets those that
 its query heads read; one that several ranks read goes to each of them, and no farther.
@@ -7,16 +9,16 @@ its query heads read; one that several ranks read goes to each of them, and no f
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from dist_attn_kernels.dense import Saved
 from torch import Tensor
 
-from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
-from dist_attn.attention.step import Gradients
-from dist_attn.attention.strategy import Call, Residuals
+from dist_attn.attention.accumulate import accumulation_dtype
+from dist_attn.attention.strategy import Call, Residuals, Strategy
+from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all
+from dist_attn.groups import single_rank_group
 
 
 @dataclass(frozen=True)
@@ -60,80 +62,103 @@ def split_heads(num_heads: int, num_kv_heads: int, cp_size: int) -> HeadSplit:
 
 
 class Ulysses:
-    """See the module."""
+    """See the module.
+
+    Args:
+        across: what computes a node's share of the heads. A node is the group's inner group, and
+            `across` works between the ranks of the outer one; without these the group is one node
+            and `across` is local.
+    """
+
+    def __init__(self, across: Strategy) -> None:
+        self._across = across
 
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
-        split = split_heads(q.shape[1], k.shape[1], call.group.cp_size)
-        trade = _Trade(call, split)
+        trade = _Trade(call)
+        split = trade.split
         q_heads, k_heads, v_heads = trade.to_heads([q, k, v], [split.q, split.kv, split.kv])
-        read = _expand(split, call.group.cp_rank, q.device)
-        total = SoftmaxSum(q_heads, v.shape[-1])
-        if q_heads.numel():
-            k_read, v_read = _read(k_heads, read), _read(v_heads, read)
-            first = split.q[call.group.cp_rank][0]
-            call.work.stream.forward(call.kernel, q_heads, k_read, v_read, total, first)
-        out_heads, lse_heads = total.result()
+        kept: Residuals = ()
+        out_heads, lse_heads = q_heads, q_heads.new_empty((0, len(q_heads)))
+        if q_heads.shape[1]:
+            read = _expand(split, trade.node.cp_rank, q.device)
+            tensors = q_heads, _read(k_heads, read), _read(v_heads, read)
+            out_heads, found, kept = self._across.forward(trade.across, *tensors, with_lse)
+            lse_heads = lse_heads if found is None else found
         (out,) = trade.to_tokens([out_heads], [split.q])
-        lse = None
-        if with_lse:
-            (lse_LH,) = trade.to_tokens([lse_heads.t()[..., None]], [split.q])
-            lse = torch.cat(lse_LH, dim=1)[..., 0].t().contiguous()
-        return torch.cat(out, dim=1), lse, (q_heads, k_heads, v_heads, out_heads, lse_heads)
+        if not with_lse:
+            return torch.cat(out, dim=1), None, kept
+        (lse_LH,) = trade.to_tokens([lse_heads.t()[..., None]], [split.q])
+        lse = torch.cat(lse_LH, dim=1)[..., 0].t().contiguous()
+        return torch.cat(out, dim=1), lse, kept
 
     def backward(
         self, call: Call, residuals: Residuals, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
-        q, k, v, out, lse = residuals
-        # The number of heads of the call is not that of the residuals, which hold a rank's share.
-        split = split_heads(dout.shape[1], call.num_kv_heads, call.group.cp_size)
-        trade = _Trade(call, split)
+        trade = _Trade(call)
+        split = trade.split
         (dout_heads,) = trade.to_heads([dout], [split.q])
-        read = _expand(split, call.group.cp_rank, q.device)
-        k_read, v_read = _read(k, read), _read(v, read)
-        total = Gradients(RowSum(q), RowSum(k_read), RowSum(v_read))
-        if q.numel():
-            saved = Saved(dout_heads, q, k_read, v_read, out, lse)
-            first = split.q[call.group.cp_rank][0]
-            call.work.stream.backward(call.kernel, saved, total, first)
-        dq_heads = total.dq.result()
-        wide = accumulation_dtype(k.dtype) if split.replicated else k.dtype
-        dkv_heads = [_fold(s, read, k.shape[1]).to(wide) for s in (total.dk, total.dv)]
-        if wide == q.dtype:
+        dim = dout.shape[2]
+        first_kv, end_kv = split.kv[trade.node.cp_rank]
+        dq_heads = dout_heads
+        wide = accumulation_dtype(dout.dtype) if split.replicated else dout.dtype
+        dkv_heads = [dout.new_zeros((len(dout_heads), end_kv - first_kv, dim), dtype=wide)] * 2
+        if dout_heads.shape[1]:
+            dq_heads, *grads = self._across.backward(trade.across, residuals, dout_heads)
+            read = _expand(split, trade.node.cp_rank, dout.device)
+            dkv_heads = [_fold(g, read, end_kv - first_kv).to(wide) for g in grads]
+        if wide == dout.dtype:
             dq, *dkv = trade.to_tokens([dq_heads, *dkv_heads], [split.q, split.kv, split.kv])
         else:
             (dq,) = trade.to_tokens([dq_heads], [split.q])
             dkv = trade.to_tokens(dkv_heads, [split.kv, split.kv])
-        dk, dv = (_add_heads(parts, split, call.num_kv_heads).to(k.dtype) for parts in dkv)
+        num_kv_heads = call.work.num_kv_heads
+        dk, dv = (_add_heads(parts, split, num_kv_heads).to(dout.dtype) for parts in dkv)
         return torch.cat(dq, dim=1), dk, dv
 
 
 class _Trade:
-    """All-to-all between tokens with all heads and heads with all tokens."""
+    """All-to-all inside a node, between tokens with all heads and heads with all tokens."""
 
-    def __init__(self, call: Call, split: HeadSplit) -> None:
+    def __init__(self, call: Call) -> None:
+        group, work = call.group, call.work
         self.call = call
-        self.split = split
+        self.node = group.inner or group
+        self.split = split_heads(len(work.heads), work.num_kv_heads, self.node.cp_size)
+        first = group.cp_rank - self.node.cp_rank
+        #: Tokens of each rank of the node.
+        self.lengths = work.layout.local_seq_lens[first : first + self.node.cp_size]
+
+    @property
+    def across(self) -> Call:
+        """The call between nodes, of this rank's heads."""
+        work, rank, size = self.call.work, self.node.cp_rank, self.node.cp_size
+        heads = tuple(work.heads[slice(*self.split.q[rank])])
+        uniform = self.split.uniform(rank)
+        num_kv_heads = self.split.kv[rank][1] - self.split.kv[rank][0] if uniform else len(heads)
+        outer = self.call.group.outer or single_rank_group(self.call.group.cp_rank)
+        share = workload(work.mask, work.node_layout(size), outer.cp_rank, heads, num_kv_heads)
+        return replace(self.call, work=share, group=outer)
 
     def to_heads(
         self, tensors: list[Tensor], heads: list[tuple[tuple[int, int], ...]]
     ) -> list[Tensor]:
-        """Return for each tensor [L, heads, D] the whole stream of this rank's heads."""
-        group, layout = self.call.group, self.call.work.layout
+        """Return for each tensor [L, heads, D] the node's tokens of this rank's heads."""
+        node = self.node
         outgoing = [
             [x[:, slice(*h[r])] for x, h in zip(tensors, heads, strict=True)]
-            for r in range(group.cp_size)
+            for r in range(node.cp_size)
         ]
-        counts = [h[group.cp_rank][1] - h[group.cp_rank][0] for h in heads]
+        counts = [h[node.cp_rank][1] - h[node.cp_rank][0] for h in heads]
         incoming = [
             [(length, n, x.shape[2]) for x, n in zip(tensors, counts, strict=True)]
-            for length in layout.local_seq_lens
+            for length in self.lengths
         ]
-        received = all_to_all(outgoing, incoming, group, ledger=self.call.ledger)
-        order = self.call.work.stream_order(tensors[0].device)
+        received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
+        order, _ = self.call.work.orders(node.cp_size, tensors[0].device)
         streams = [torch.cat([parts[i] for parts in received]) for i in range(len(tensors))]
         return streams if order is None else [x.index_select(0, order) for x in streams]
 
@@ -141,18 +166,18 @@ class _Trade:
         self, tensors: list[Tensor], heads: list[tuple[tuple[int, int], ...]]
     ) -> list[list[Tensor]]:
         """Return for each tensor [S, own heads, D] this rank's tokens, per rank's heads."""
-        group, layout = self.call.group, self.call.work.layout
-        order = self.call.work.rank_order(tensors[0].device)
+        node = self.node
+        _, order = self.call.work.orders(node.cp_size, tensors[0].device)
         if order is not None:
             tensors = [x.index_select(0, order) for x in tensors]
-        pieces = [x.split(list(layout.local_seq_lens)) for x in tensors]
-        outgoing = [[p[r] for p in pieces] for r in range(group.cp_size)]
-        length = layout.local_seq_len(group.cp_rank)
+        pieces = [x.split(list(self.lengths)) for x in tensors]
+        outgoing = [[p[r] for p in pieces] for r in range(node.cp_size)]
+        length = self.lengths[node.cp_rank]
         incoming = [
             [(length, h[s][1] - h[s][0], x.shape[2]) for x, h in zip(tensors, heads, strict=True)]
-            for s in range(group.cp_size)
+            for s in range(node.cp_size)
         ]
-        received = all_to_all(outgoing, incoming, group, ledger=self.call.ledger)
+        received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
         return [[parts[i] for parts in received] for i in range(len(tensors))]
 
 
@@ -167,11 +192,11 @@ def _read(x: Tensor, read: Tensor | None) -> Tensor:
     return x if read is None else x.index_select(1, read)
 
 
-def _fold(total: RowSum, read: Tensor | None, num_kv_heads: int) -> Tensor:
+def _fold(gradient: Tensor, read: Tensor | None, num_kv_heads: int) -> Tensor:
     """Sum the gradients of key/value heads that were given to several query heads."""
     if read is None:
-        return total.result()
-    wide = total.wide()
+        return gradient
+    wide = gradient.to(accumulation_dtype(gradient.dtype))
     folded = wide.new_zeros(wide.shape[0], num_kv_heads, wide.shape[2])
     return folded.index_add_(1, read, wide)
 

@@ -32,11 +32,13 @@ def all_to_all(
         kind: the name under which it counts.
 
     Returns:
-        Per sending rank its tensors, views of one buffer.
+        Per sending rank its tensors, views of one buffer; in a group of one those that were given.
 
     Collective:
         Every rank of the group; one `all_to_all_single` with uneven splits.
     """
+    if group.cp_size == 1:
+        return [list(outgoing[0])]
     flat = [t.reshape(-1) for tensors in outgoing for t in tensors]
     send = torch.cat(flat)
     send_sizes = [sum(t.numel() for t in tensors) for tensors in outgoing]

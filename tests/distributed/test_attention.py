@@ -1,5 +1,7 @@
 """Every strategy, layout and number of ranks gives the attention of one process."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
+STRATEGIES = ["ring", "gather", "ulysses", "ulysses+ring", "ulysses+gather"]
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "placed", "scattered"]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
@@ -44,47 +47,54 @@ def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("layout_kind", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_causal_documents(strategy, layout_kind, cp_size):
     check(ODD, "causal documents", layout_kind, strategy, cp_size)
 
 
 @pytest.mark.parametrize("mask_name", ["full", "causal", "documents"])
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_masks(strategy, mask_name):
     check(ODD, mask_name, "zigzag", strategy, 3)
 
 
 @pytest.mark.parametrize("mask_name", zoo())
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_masks_of_the_field(strategy, mask_name):
     check(ZOO_CASE, mask_name, "zigzag", strategy, 3)
 
 
+@pytest.mark.parametrize("mask_name", ["s2 and a dense head", "shared question", "listed blocks"])
+@pytest.mark.parametrize("strategy", ["ulysses+ring", "ulysses+gather"])
+def test_masks_in_two_levels(strategy, mask_name):
+    check(ZOO_CASE, mask_name, "zigzag", strategy, 4)
+
+
 @pytest.mark.parametrize("layout_kind", ["contiguous", "scattered"])
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_per_head_masks_on_any_layout(strategy, layout_kind):
     check(ZOO_CASE, "s2 and a dense head", layout_kind, strategy, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_dtypes(strategy, dtype):
     check(Case((5, 50, 33), dtype=dtype, head_dim=16), "causal documents", "zigzag", strategy, 4)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_large_scores(strategy):
     check(Case((40, 9), scale_of_q=3e3), "causal documents", "zigzag", strategy, 3)
 
 
-@pytest.mark.parametrize("heads", [(6, 1), (6, 2), (6, 6), (5, 5), (2, 1), (8, 4)])
-def test_head_counts_that_do_not_divide(heads):
+@pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring"])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 1), (6, 2), (6, 6), (5, 5), (2, 1), (8, 4)])
+def test_head_counts_that_do_not_divide(heads, strategy):
     case = Case((13, 20), num_heads=heads[0], num_kv_heads=heads[1])
-    check(case, "causal documents", "zigzag", "ulysses", 4)
+    check(case, "causal documents", "zigzag", strategy, 4)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 @pytest.mark.parametrize("lengths", [(), (0,), (1,), (2, 0, 1), (7,)])
 def test_few_tokens(lengths, strategy):
     check(Case(lengths), "causal documents", "zigzag", strategy, 3)
@@ -137,6 +147,39 @@ def test_ring_stops_where_nobody_needs_the_block():
     assert everything == [{}, {"kv": 2 * kv_bytes}, {"dkv": kv_bytes}, {}]
 
 
+@pytest.mark.parametrize("mask_name", ["s2", "causal window", "shared question", "streaming heads"])
+def test_gather_moves_exactly_what_the_mask_needs(mask_name):
+    cp_size = 3
+    parts = run_ranks(attend, cp_size, ZOO_CASE, mask_name, "contiguous", "gather")
+    mask = mask_of(mask_name, ZOO_CASE)
+    heads = np.stack([mask.materialize(SEQ_LEN, h) for h in range(NUM_HEADS)])
+    by_kv_head = heads.reshape(2, 2, SEQ_LEN, SEQ_LEN).any(axis=1)
+    sent = [part["forward_bytes"].get("kv", 0) for part in parts]
+    wanted = [0] * cp_size
+    for needing, holding in itertools.permutations(range(cp_size), 2):
+        q, k = parts[needing]["positions"].numpy(), parts[holding]["positions"].numpy()
+        needed = by_kv_head[:, q][:, :, k].any(axis=1).sum()
+        wanted[holding] += int(needed) * 2 * ZOO_CASE.head_dim * 4
+    assert sent == wanted
+    for part in parts:
+        # The backward fetches again; float32 gradients of what came go back.
+        assert part["all_bytes"].get("kv", 0) == 2 * part["forward_bytes"].get("kv", 0)
+    returned = sum(part["all_bytes"].get("dkv", 0) for part in parts)
+    assert returned == sum(wanted)
+
+
+def sent_for_a_window(seq_len: int) -> int:
+    case = Case((seq_len,), head_dim=4)
+    return attend(case, "causal window", "contiguous", "gather")["all_bytes"].get("kv", 0)
+
+
+def test_a_window_moves_the_same_however_long_the_sequence():
+    short, long = run_ranks(sent_for_a_window, 4, 80), run_ranks(sent_for_a_window, 4, 640)
+    assert short == long
+    assert short[0] == 2 * 12 * 2 * 2 * 4 * 4
+    assert short[3] == 0
+
+
 def test_ulysses_replicates_heads_only_as_far_as_needed():
     case = Case((64,), num_heads=4, num_kv_heads=2)
     parts = run_ranks(attend, 4, case, "causal", "contiguous", "ulysses")
@@ -174,7 +217,7 @@ def attend_twice_with_checkpoint(case: Case, strategy: str) -> float:
     return plain[1].norm().item()
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_twice_in_a_graph_and_under_checkpointing(strategy):
     assert all(n > 0 for n in run_ranks(attend_twice_with_checkpoint, 3, ODD, strategy))
 
@@ -198,7 +241,7 @@ def attend_with_padding(num_padding: int, strategy: str) -> dict[str, Tensor]:
     return {"out": out.detach(), **{f"d{n}": x[n].grad for n in "qkv"}}
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_padding_changes_nothing(strategy):
     without = run_ranks(attend_with_padding, 3, 0, strategy)
     padded = run_ranks(attend_with_padding, 3, 5, strategy)
@@ -217,6 +260,7 @@ def refused_calls() -> list[str]:
     for tensors, change in (
         ((q, q, q), {"strategy": "local"}),
         ((q, q, q), {"strategy": "magic"}),
+        ((q, q, q), {"strategy": "ulysses+ring"}),
         ((q[:3], q[:3], q[:3]), {}),
         ((q, q.double(), q), {}),
         ((q, q[:, :1].expand(4, 3, 8), q[:, :1].expand(4, 3, 8)), {}),
@@ -233,6 +277,7 @@ def test_what_does_not_fit_is_refused():
     wanted = [
         "'local' is for one rank",
         "unknown strategy 'magic'",
+        "takes a group with inner and outer ones",
         "the layout gives 4 tokens",
         "one dtype and device",
         "multiple of key/value heads",

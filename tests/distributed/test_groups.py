@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from dist_attn.errors import PlanError
-from dist_attn.groups import GroupPool, single_rank_group
+from dist_attn.groups import GroupPool, single_rank_group, two_level_sets
 from tests.ranks import run_ranks
 
 
@@ -60,6 +60,24 @@ def test_misuse_is_refused():
     for messages in run_ranks(misuse_pool, 3):
         wanted = ["the pool holds 1", "ascending", "below 3", "not in", "call ensure"]
         assert all(w in m for w, m in zip(wanted, messages, strict=True))
+
+
+def two_levels() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    pool = GroupPool()
+    pool.ensure(two_level_sets(range(4), 2))
+    group = pool.get(range(4), inner_size=2)
+    with pytest.raises(PlanError, match="do not divide"):
+        pool.get(range(4), inner_size=3)
+    return group.inner.ranks, group.outer.ranks
+
+
+def test_nodes_of_a_group():
+    assert run_ranks(two_levels, 4) == [
+        ((0, 1), (0, 2)),
+        ((0, 1), (1, 3)),
+        ((2, 3), (0, 2)),
+        ((2, 3), (1, 3)),
+    ]
 
 
 def test_a_single_rank_needs_no_process_group():
