@@ -30,6 +30,8 @@ from tests.ranks import run_ranks
 NUM_DOCUMENTS = 9
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+BF16_LOSS_TOLERANCE = 2e-3
+BF16_GRADIENT_TOLERANCE = 4e-2
 
 #: Micro-batches of groups of ranks; documents are dealt to the groups in turn.
 PLANS: dict[str, list[list[tuple[int, ...]]]] = {
@@ -120,9 +122,10 @@ def run_plans(
     expected: tuple,
     pad: int,
     device: str = "cpu",
+    dtype: str = "fp32",
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Errors of every case, on one engine; and of a control whose loss weight is wrong."""
-    config = config_of(stage, cache, pad, "fp32" if device == "cpu" else "bf16")
+    config = config_of(stage, cache, pad, dtype)
     rank, size = dist.get_rank(), dist.get_world_size()
     runtime = Runtime(rank, size, rank, size, torch.device(device))
     corpus = open_corpus(config.data, Path(cache))
@@ -194,6 +197,19 @@ def test_padding_changes_nothing(cache: str, expected: tuple[float, dict[str, Te
         for case, (loss_error, gradient_error) in by_case.items():
             assert loss_error <= LOSS_TOLERANCE, case
             assert gradient_error <= GRADIENT_TOLERANCE, case
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16(cache: str, expected: tuple[float, dict[str, Tensor]], stage: int) -> None:
+    """Eight bits of mantissa through two layers; the control weighs a group 5% too much."""
+    cases = [("2+1+1", "ring"), ("4 | 2+2 | 1", "ulysses"), ("control", "ring")]
+    found = run_ranks(run_plans, 4, cache, stage, cases, expected, 1, "cpu", "bf16", timeout_s=120)
+    for by_case in found:
+        control = by_case.pop(("control", "ring"))
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= BF16_LOSS_TOLERANCE, case
+            assert gradient_error <= BF16_GRADIENT_TOLERANCE, case
+        assert control[0] > 5 * BF16_LOSS_TOLERANCE
 
 
 def test_the_reference_separates_documents(cache: str) -> None:
