@@ -5,32 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dist_attn_kernels.dense import choose_backend
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dist_attn.attention import compiled
 from dist_attn.attention.context import AttentionContext
-from dist_attn.attention.gather import Gather
-from dist_attn.attention.ring import Ring
-from dist_attn.attention.step import Kernel
-from dist_attn.attention.strategy import Call, Local, Strategy
-from dist_attn.attention.ulysses import Ulysses
-from dist_attn.attention.workload import workload
+from dist_attn.attention.dispatch import Place, choose_strategy, make_call
+from dist_attn.attention.strategy import Call, Strategy
 from dist_attn.comm.ledger import Ledger
-from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout
 from dist_attn.masks import Mask
-
-STRATEGIES: dict[str, Strategy] = {
-    "local": Local(),
-    "ring": Ring(),
-    "gather": Gather(),
-    "ulysses": Ulysses(Local()),
-    "ulysses+ring": Ulysses(Ring()),
-    "ulysses+gather": Ulysses(Gather()),
-}
 
 
 def attention(  # noqa: PLR0913
@@ -80,28 +66,10 @@ def attention(  # noqa: PLR0913
     Numerics:
         Parts are merged, and gradients added up, in float32.
     """
-    _check(q_LHD, k_LKD, v_LKD, layout, group)
-    if strategy not in STRATEGIES:
-        raise PlanError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
-    if group.cp_size == 1:
-        strategy = "local"
-    elif strategy == "local":
-        raise PlanError(f"strategy 'local' is for one rank, the group has {group.cp_size}")
-    elif ("+" in strategy) != (group.inner is not None):
-        raise PlanError(
-            f"strategy '{strategy}' and the group do not fit: a strategy in two levels, and only "
-            f"that, takes a group with inner and outer ones, from GroupPool.get(ranks, inner_size)"
-        )
-    scale = q_LHD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    backend = choose_backend(q_LHD.device, q_LHD.dtype, q_LHD.shape[-1]).backend
-    heads = tuple(range(q_LHD.shape[1]))
-    call = Call(
-        work=workload(mask, layout, group.cp_rank, heads, k_LKD.shape[1]),
-        group=group,
-        kernel=Kernel(backend, scale, deterministic),
-        ledger=ledger,
-    )
-    out, lse = _Attention.apply(q_LHD, k_LKD, v_LKD, call, STRATEGIES[strategy], return_lse)
+    chosen = choose_strategy(strategy, group)
+    place = Place(mask, layout, group, deterministic, ledger)
+    call = make_call(q_LHD, k_LKD, v_LKD, place, softmax_scale)
+    out, lse = _Attention.apply(q_LHD, k_LKD, v_LKD, call, chosen, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -116,7 +84,12 @@ def attend_with_context(
 
     The last `context.num_padding` tokens belong to no document: their output is 0 and their
     gradients are 0, so that a rank whose tokens are all padding still runs forward and backward.
+
+    Under torch.compile it stays in the graph as one operator; the context must then live until the
+    backward is done.
     """
+    if torch.compiler.is_compiling():
+        return compiled.attend(q_LHD, k_LKD, v_LKD, context.number, softmax_scale)[0]
     num_tokens = q_LHD.shape[0] - context.num_padding
     out = attention(
         q_LHD[:num_tokens],
@@ -154,23 +127,3 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         dq, dk, dv = ctx.strategy.backward(ctx.call, ctx.saved_tensors, dout.contiguous())
         return dq, dk, dv, None, None, None
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, group: CommGroup) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
-        raise PlanError(f"attention takes q [L, H, D] and k, v [L, K, D], got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise PlanError(f"query heads must be a multiple of key/value heads, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise PlanError(
-            f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, "
-            f"{k.dtype} on {k.device}, {v.dtype} on {v.device}"
-        )
-    if layout.cp_size != group.cp_size:
-        raise PlanError(f"the layout is for {layout.cp_size} ranks, the group has {group.cp_size}")
-    local = layout.local_seq_len(group.cp_rank)
-    if not q.shape[0] == k.shape[0] == local:
-        raise PlanError(
-            f"the layout gives {local} tokens to rank {group.cp_rank} of the group, got {shapes}"
-        )

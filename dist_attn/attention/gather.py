@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
 from dist_attn.attention.step import Gradients
-from dist_attn.attention.strategy import Call, Residuals
+from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import HeadClass
 from dist_attn.comm.exchange import Exchange
 
 
-class Gather:
+class Gather(KeepsOwn):
     """See the module."""
 
     def forward(

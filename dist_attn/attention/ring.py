@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
 from dist_attn.attention.step import Gradients
-from dist_attn.attention.strategy import Call, Residuals
+from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange
 
@@ -43,7 +43,7 @@ def travel(work: Workload) -> Travel:
     return Travel(tuple(first), tuple(last))
 
 
-class Ring:
+class Ring(KeepsOwn):
     """See the module."""
 
     def forward(

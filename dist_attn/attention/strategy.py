@@ -30,7 +30,13 @@ Residuals = tuple[Tensor, ...]
 
 
 class Strategy(Protocol):
-    """Forward and backward of one strategy. Every rank of the group calls them together."""
+    """Forward and backward of one strategy. Every rank of the group calls them together.
+
+    Attributes:
+        keeps_own: whether the residuals are just q, k, v, out and lse of the local tokens.
+    """
+
+    keeps_own: bool
 
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
@@ -42,8 +48,21 @@ class Strategy(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the local q, k and v."""
 
+    def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
+        """Give residuals that are not `keeps_own` their shapes back after flattening."""
 
-class Local:
+
+class KeepsOwn:
+    """Base of strategies whose residuals are q, k, v, out and lse of the local tokens."""
+
+    keeps_own = True
+
+    def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
+        """See `Strategy`."""
+        raise AssertionError("what the caller has is not kept again")
+
+
+class Local(KeepsOwn):
     """The strategy of a group of one."""
 
     def forward(

@@ -70,8 +70,19 @@ class Ulysses:
             and `across` is local.
     """
 
+    keeps_own = False
+
     def __init__(self, across: Strategy) -> None:
         self._across = across
+
+    def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
+        """See `Strategy`."""
+        work = _Trade(call).across.work
+        if not work.heads:
+            return ()
+        q, k, v, out, lse = flat
+        of_q, of_kv = (-1, len(work.heads), head_dim), (-1, work.num_kv_heads, head_dim)
+        return q.view(of_q), k.view(of_kv), v.view(of_kv), out.view(of_q), lse.view(of_q[1], -1)
 
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool

@@ -1,0 +1,93 @@
+"""From the arguments of an attention call to the strategy and the call that carry it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_attn_kernels.dense import choose_backend
+from torch import Tensor
+
+from dist_attn.attention.gather import Gather
+from dist_attn.attention.ring import Ring
+from dist_attn.attention.step import Kernel
+from dist_attn.attention.strategy import Call, Local, Strategy
+from dist_attn.attention.ulysses import Ulysses
+from dist_attn.attention.workload import workload
+from dist_attn.comm.ledger import Ledger
+from dist_attn.errors import PlanError
+from dist_attn.groups import CommGroup
+from dist_attn.layout import Layout
+from dist_attn.masks import Mask
+
+STRATEGIES: dict[str, Strategy] = {
+    "local": Local(),
+    "ring": Ring(),
+    "gather": Gather(),
+    "ulysses": Ulysses(Local()),
+    "ulysses+ring": Ulysses(Ring()),
+    "ulysses+gather": Ulysses(Gather()),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how attention is computed, as far as tensors have no say in it."""
+
+    mask: Mask
+    layout: Layout
+    group: CommGroup
+    deterministic: bool = False
+    ledger: Ledger | None = None
+
+
+def choose_strategy(name: str, group: CommGroup) -> Strategy:
+    """Return the strategy of a name; a group of one is always local.
+
+    Raises:
+        PlanError: no such strategy, or not for this group.
+    """
+    if name not in STRATEGIES:
+        raise PlanError(f"unknown strategy '{name}'; known are {', '.join(STRATEGIES)}")
+    if group.cp_size == 1:
+        return STRATEGIES["local"]
+    if name == "local":
+        raise PlanError(f"strategy 'local' is for one rank, the group has {group.cp_size}")
+    if ("+" in name) != (group.inner is not None):
+        raise PlanError(
+            f"strategy '{name}' and the group do not fit: a strategy in two levels, and only "
+            f"that, takes a group with inner and outer ones, from GroupPool.get(ranks, inner_size)"
+        )
+    return STRATEGIES[name]
+
+
+def make_call(
+    q: Tensor, k: Tensor, v: Tensor, place: Place, softmax_scale: float | None = None
+) -> Call:
+    """Check the tensors and put together what a strategy needs beside them."""
+    _check(q, k, v, place.layout, place.group)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    backend = choose_backend(q.device, q.dtype, q.shape[-1]).backend
+    heads = tuple(range(q.shape[1]))
+    work = workload(place.mask, place.layout, place.group.cp_rank, heads, k.shape[1])
+    kernel = Kernel(backend, scale, place.deterministic)
+    return Call(work, place.group, kernel, place.ledger)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, group: CommGroup) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise PlanError(f"attention takes q [L, H, D] and k, v [L, K, D], got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise PlanError(f"query heads must be a multiple of key/value heads, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise PlanError(
+            f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, "
+            f"{k.dtype} on {k.device}, {v.dtype} on {v.device}"
+        )
+    if layout.cp_size != group.cp_size:
+        raise PlanError(f"the layout is for {layout.cp_size} ranks, the group has {group.cp_size}")
+    local = layout.local_seq_len(group.cp_rank)
+    if not q.shape[0] == k.shape[0] == local:
+        raise PlanError(
+            f"the layout gives {local} tokens to rank {group.cp_rank} of the group, got {shapes}"
+        )
