@@ -12,7 +12,6 @@ from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL, BlockLists, Til
 from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
-from dist_attn.attention.step import Kernel
 from dist_attn.layout import IntArray
 from dist_attn.masks import Mask, stretches, tile_lists
 from dist_attn.masks.parts import stack_parts, union_per_row
@@ -67,8 +66,8 @@ class BlockSparse:
         assert self.lists is not None
         return block_sparse_forward(q, k, v, self.lists, softmax_scale=softmax_scale)
 
-    def backward(self, kernel: Kernel, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Return these keys' part of the gradients."""
+    def backward(self, softmax_scale: float, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """Return these keys' part of the gradients; the kernels repeat bit by bit."""
         from dist_attn_kernels.block_sparse import block_sparse_backward  # noqa: PLC0415 - triton
 
         assert self.lists is not None
@@ -78,8 +77,7 @@ class BlockSparse:
             saved.out,
             saved.lse,
             self.lists,
-            softmax_scale=kernel.softmax_scale,
-            deterministic=kernel.deterministic,
+            softmax_scale=softmax_scale,
         )
 
 

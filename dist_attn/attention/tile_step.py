@@ -1,6 +1,6 @@
 """A step under any mask: only the tiles that the mask touches are computed.
 
-On a GPU the block-sparse kernels run; elsewhere, and in float64, plain torch operations do, a row
+On a GPU the block-sparse kernels run; elsewhere, for float64 and odd head dimensions, plain torch operations do, a row
 of tiles at a time.
 """
 
@@ -24,6 +24,7 @@ from dist_attn.masks import Mask, TileLists, stretches, tile_lists
 
 #: Tokens of a tile's side in the torch path.
 TILE = 128
+_GPU_HEAD_DIMS = range(16, 257, 8)
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -96,7 +97,7 @@ class TileStep:
         if _on_gpu(q):
             sparse = self._on_device(q, k)
             if sparse.lists is not None:
-                dq, dk, dv = sparse.backward(kernel, saved)
+                dq, dk, dv = sparse.backward(kernel.softmax_scale, saved)
                 total.dq.add_all(dq)
                 total.dk.add_all(dk)
                 total.dv.add_all(dv)
@@ -163,4 +164,4 @@ class TileStep:
 
 
 def _on_gpu(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in _GPU_DTYPES
+    return q.is_cuda and q.dtype in _GPU_DTYPES and q.shape[2] in _GPU_HEAD_DIMS

@@ -1,12 +1,15 @@
 """Dense attention on one GPU: every backend, and several ranks that share the device."""
 
+import numpy as np
 import pytest
 import torch
 from dist_attn_kernels.dense import CudnnBackend, FlashBackend, Saved, Segments, choose_backend
 
+from dist_attn.attention import attention
 from dist_attn.attention.accumulate import Rows, SoftmaxSum
-from dist_attn.attention.staircase import _intervals
-from dist_attn.masks import Causal
+from dist_attn.groups import single_rank_group
+from dist_attn.layout import make_layout
+from dist_attn.masks import BlockList, Causal, Documents, Mask, Predicate, Window, patterns
 from tests.attention_cases import (
     NAMES,
     Case,
@@ -19,6 +22,7 @@ from tests.attention_cases import (
     plain_torch,
     together,
 )
+from tests.mask_zoo import NUM_HEADS, SEQ_LEN
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -57,6 +61,47 @@ def test_masks(mask_name, strategy):
     check(Case(SHORT, 6, 2, 64, torch.bfloat16), strategy, 3, mask_name)
 
 
+def long_masks() -> dict[str, Mask]:
+    """Masks over 1500 tokens and 8 query heads, 4 to a key/value head."""
+    cu = [0, 700, 703, 1500]
+    blocks = np.random.default_rng(0).integers(-1, 12, (8, 12, 3))
+    return {
+        "window and sinks": patterns.sliding_window(300, 5),
+        "documents and window": patterns.causal_documents(cu) & Window(200, 0),
+        "s2": patterns.s2(1500, 64, 3, 4, 8),
+        "s2, a dense head": patterns.s2(1500, 64, 3, 4, 8, dense_heads=[3]) & Documents(cu),
+        "listed blocks": BlockList(128, 128, blocks),
+        "predicate": Predicate(
+            lambda q, k, h: (q + 3 * k + h) % 7 < 3, patterns.sliding_window(400)
+        ),
+    }
+
+
+def attend_locally(dtype: torch.dtype, head_dim: int, mask: Mask) -> None:
+    """Attention of one rank under a mask against the float64 reference."""
+    case = Case((1500,), 8, 2, head_dim, dtype)
+    x = {n: t.cuda() for n, t in case.tensors().items()}
+    for n in "qkv":
+        x[n].requires_grad_()
+    layout, group = make_layout("contiguous", [0, 1500], 1), single_rank_group()
+    out = attention(x["q"], x["k"], x["v"], mask=mask, layout=layout, group=group, strategy="local")
+    out.backward(x["dout"])
+    got = {"out": out.detach(), **{f"d{n}": x[n].grad for n in "qkv"}}
+    assert_as_good_as_torch(got, case, dense_mask(mask, case).cuda())
+
+
+@pytest.mark.parametrize("name", long_masks())
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_block_sparse_masks(name, head_dim):
+    attend_locally(torch.bfloat16, head_dim, long_masks()[name])
+
+
+@pytest.mark.parametrize("mask_name", ["s2 and a dense head", "prefix lm documents", "predicate"])
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
+def test_block_sparse_masks_on_ranks(strategy, mask_name):
+    check(Case((SEQ_LEN,), NUM_HEADS, 2, 64, torch.bfloat16), strategy, 2, mask_name)
+
+
 def test_float32_is_computed_by_the_reference():
     choice = choose_backend(torch.device("cuda"), torch.float32, 64)
     assert choice.backend.name == "reference"
@@ -77,7 +122,7 @@ def test_a_backend_obeys_a_foreign_normaliser(backend, kv_heads):
     ]
     total = SoftmaxSum(x["q"], 128)
     for q, k, segments in calls:
-        rows = Rows(_intervals(torch.tensor([q.start, q.stop]).numpy()))
+        rows = Rows(np.array([[q.start, q.stop]]))
         total.add(rows, *backend.forward(x["q"][q], x["k"][k], x["v"][k], segments, scale))
     out, lse = total.result()
     got = {"out": out, "dq": torch.zeros_like(x["q"], dtype=torch.float32)}
