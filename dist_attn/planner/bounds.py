@@ -31,13 +31,14 @@ bound would not be.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.planner.highs import WarmProgram
+from dist_attn.planner.highs import Answer, WarmProgram
 from dist_attn.planner.program import Program
 from dist_attn.planner.relaxation import Relaxation, build_relaxation
 
@@ -82,28 +83,28 @@ def lower_bound(
     solver = WarmProgram(relaxation.linear)
     target = predicted_s / relaxation.scale_s * (1 - enough)
     many = relaxation.num_times
-    root = _Node((0.0,) * many, (1e6,) * many, frozenset())
+    root = _Node((0.0,) * many, (math.inf,) * many, frozenset())
     solved, late = 1, False
-    answer = _solve(solver, relaxation, root)
-    if answer is None:
-        return Bound(0.0, 1, False)
-    queue = [(answer[0], 0, root, answer[1])]
-    value = answer[0]
+    value = 0.0
     try:
+        answer = _solve(solver, relaxation, root, None)
+        assert answer is not None, "the relaxation holds the plan at hand"
+        queue = [(answer.objective, 0, root, answer)]
         while queue:
             value = queue[0][0]
             late = time.monotonic() > deadline
             if value >= target or solved >= max_nodes or late:
                 break
-            children = _branch(relaxation, queue[0][2], queue[0][3])
+            _, _, node, parent = queue[0]
+            children = _branch(relaxation, node, parent.values)
             if not children:
                 break
-            answers = [(child, _solve(solver, relaxation, child)) for child in children]
+            answers = [_solve(solver, relaxation, child, parent.basis) for child in children]
             heapq.heappop(queue)
-            for child, answer in answers:
+            for child, answer in zip(children, answers, strict=True):
                 solved += 1
                 if answer is not None:
-                    heapq.heappush(queue, (answer[0], solved, child, answer[1]))
+                    heapq.heappush(queue, (answer.objective, solved, child, answer))
         else:
             # Every node was refuted: no plan lies below the one at hand.
             value = target
@@ -115,13 +116,13 @@ def lower_bound(
 
 
 def _solve(
-    solver: WarmProgram, relaxation: Relaxation, node: _Node
-) -> tuple[float, np.ndarray] | None:
+    solver: WarmProgram, relaxation: Relaxation, node: _Node, basis: object
+) -> Answer | None:
     first = relaxation.first_sum_row
     rows = range(first, first + relaxation.num_times)
     solver.limit_rows(rows, node.at_least, node.at_most)
     solver.shut_columns(node.shut)
-    return solver.solve()
+    return solver.solve(basis)
 
 
 def _branch(relaxation: Relaxation, node: _Node, solution: np.ndarray) -> list[_Node]:

@@ -19,7 +19,7 @@ import numpy as np
 from dist_attn.planner.program import Program
 
 
-@dataclass
+@dataclass(slots=True)
 class OpenGroup:
     """A group under construction; documents by their place in the program."""
 
@@ -33,7 +33,7 @@ class OpenGroup:
 Groups = list[OpenGroup]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Profile:
     """One micro-batch: least seconds, short tokens that fit within them, and what more time buys.
 
@@ -47,7 +47,7 @@ class Profile:
     feasible: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """An arrangement: seconds of each micro-batch, how many more are needed, and a token's price."""
 

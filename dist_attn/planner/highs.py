@@ -30,6 +30,15 @@ class LinearProgram:
     values: FloatArray
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An optimum, its solution, and the basis to go on from."""
+
+    objective: float
+    values: FloatArray
+    basis: highspy.HighsBasis
+
+
 class WarmProgram:
     """A linear program whose limits change between solutions; one thread, reproducible."""
 
@@ -56,24 +65,38 @@ class WarmProgram:
             self._highs.changeColBounds(column, 0.0, 0.0)
         self._shut = columns
 
-    def solve(self) -> tuple[float, FloatArray] | None:
-        """Optimum and solution; None when the limits contradict each other.
+    def solve(self, basis: highspy.HighsBasis | None = None) -> Answer | None:
+        """Solve, from a basis of an earlier answer where one is given.
+
+        Returns:
+            Optimum, solution and basis; None when the limits contradict each other.
 
         Raises:
-            ArithmeticError: HiGHS came to neither, also from scratch.
+            ArithmeticError: HiGHS came to neither, also from scratch and by other means.
         """
-        self._highs.run()
-        status = self._highs.getModelStatus()
-        if status not in _CONCLUSIVE:
+        if basis is not None:
+            self._highs.setBasis(basis)
+        status = self._run()
+        for presolve in ("off", "on"):
+            if status in _CONCLUSIVE:
+                break
             self._highs.clearSolver()
-            self._highs.run()
-            status = self._highs.getModelStatus()
+            self._highs.setOptionValue("presolve", presolve)
+            status = self._run()
+        self._highs.setOptionValue("presolve", "off")
         if status not in _CONCLUSIVE:
             raise ArithmeticError(f"HiGHS ended with {self._highs.modelStatusToString(status)}")
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
-        objective = float(self._highs.getInfo().objective_function_value)
-        return objective, np.array(self._highs.getSolution().col_value)
+        return Answer(
+            float(self._highs.getInfo().objective_function_value),
+            np.array(self._highs.getSolution().col_value),
+            self._highs.getBasis(),
+        )
+
+    def _run(self) -> highspy.HighsModelStatus:
+        self._highs.run()
+        return self._highs.getModelStatus()
 
 
 def _model(program: LinearProgram) -> highspy.HighsLp:

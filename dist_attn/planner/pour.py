@@ -10,7 +10,7 @@ from dist_attn.planner.fluid import Fluid, Groups, OpenGroup
 from dist_attn.planner.search import Arrangement
 
 
-@dataclass
+@dataclass(slots=True)
 class _Vessel:
     """A group with room: seconds and tokens that are left."""
 
@@ -97,13 +97,15 @@ def _distribute(fluid: Fluid, vessels: list[_Vessel]) -> bool:
     heapq.heapify(by_tokens)
     heapq.heapify(by_time)
     for i in range(fluid.num_long, len(fluid.lengths)):
-        if not _put(fluid, vessels, by_tokens, i) and not _put(fluid, vessels, by_time, i):
+        if not (_put(fluid, vessels, by_tokens, i, False) or _put(fluid, vessels, by_time, i, True)):
             return False
     return True
 
 
-def _put(fluid: Fluid, vessels: list[_Vessel], heap: list[tuple[float, int]], i: int) -> bool:
-    """Into the roomiest vessel that takes the document."""
+def _put(
+    fluid: Fluid, vessels: list[_Vessel], heap: list[tuple[float, int]], i: int, timed: bool
+) -> bool:
+    """Into the roomiest vessel that takes the document; `timed`: room is seconds, else tokens."""
     length, seconds = fluid.lengths[i], fluid.seconds[i]
     aside = []
     placed = False
@@ -117,10 +119,10 @@ def _put(fluid: Fluid, vessels: list[_Vessel], heap: list[tuple[float, int]], i:
             vessel.group.tokens += length
             vessel.group.seconds += seconds[cls]
             vessel.group.documents.append(i)
-            heapq.heapreplace(heap, (key + length, v))
+            heapq.heapreplace(heap, (key + (seconds[cls] / fluid.rate[cls] if timed else length), v))
             placed = True
             break
-        if -key < length:
+        if -key < length and not timed:
             break
         aside.append(heapq.heappop(heap))
     for item in aside:

@@ -13,7 +13,7 @@ from dist_attn.planner.highs import LinearProgram
 from dist_attn.planner.program import Program
 
 #: Longest documents that are length classes of their own, and those that are branched on.
-_SINGLES = 16
+_SINGLES = 12
 _BRANCHED = 12
 
 
@@ -129,6 +129,9 @@ def build_relaxation(program: Program, times: Sequence[float], predicted_s: floa
     )
 
 
+SPREAD, NEAR = 4, 1.02
+
+
 def _time_classes(program: Program, times: Sequence[float], predicted_s: float) -> FloatArray:
     """Boundaries of the time classes: evenly spread, and just above a known plan's times.
 
@@ -137,16 +140,21 @@ def _time_classes(program: Program, times: Sequence[float], predicted_s: float) 
     fixed = np.array([c.fixed_s for c in program.classes])[:, None]
     low = float((program.seconds + fixed).min(axis=0).min())
     high = min(max(times) * 1.1, predicted_s)
-    spread = np.geomspace(max(min(low, min(times)), high * 1e-2), high, 6) if high > 0 else []
-    wanted = sorted([*spread, *(t * 1.003 for t in times)])
+    if high <= 0:
+        return np.array([0.0, np.inf])
+    spread = np.geomspace(max(min(low, min(times)), high * 1e-2), high, SPREAD).tolist()
+    spread.append(float(np.sqrt(high * predicted_s)))
     kept = [0.0]
-    for tau in wanted:
-        if tau > max(kept[-1] * 1.002, 0.0) and tau < predicted_s * 0.999:
-            kept.append(float(tau))
+    for tau in sorted([*spread, *(t * 1.003 for t in times)]):
+        if tau < predicted_s * 0.999:
+            if kept[-1] > 0 and tau < kept[-1] * NEAR and tau not in spread:
+                kept[-1] = tau
+            elif tau > kept[-1] * NEAR:
+                kept.append(tau)
     return np.array([*kept, predicted_s * (1 + 1e-6)])
 
 
-def _length_classes(program: Program, tolerance: float = 0.01) -> _Lengths:
+def _length_classes(program: Program, tolerance: float = 0.02) -> _Lengths:
     """Documents whose work per token differs by at most `tolerance`; the longest alone."""
     degrees = np.array([c.degree for c in program.classes])[:, None]
     # Empty documents cost nothing and must not lend their price to the others of their class.
@@ -271,12 +279,32 @@ def _add_devices(
         used = amount > 0
         rows.add(row[mine[used]], share[used], amount[used])
         rows.add(row, part, -1.0)
+    _add_presence(rows, program, shares, mine, num_times, first_share)
     if num_tiers > 1:
         row = rows.begin(len(part), -np.inf, 0.0)
         rows.add(row[mine], share, shares.device_s / scale)
         least = np.array([fixed[tiers == q].min() for q in range(num_tiers)])
         spare = np.maximum(taus[None, 1:] - least[:, None], 0.0)
         rows.add(row, part, -spare.ravel() / scale)
+
+
+def _add_presence(
+    rows: _Rows, program: Program, shares: _Shares, mine: IntArray, num_times: int, first_share: int
+) -> None:
+    """A tier that holds the longest document has at least that document's whole group."""
+    degrees = np.array([c.degree for c in program.classes])[shares.group_class]
+    share_of_devices = degrees / program.num_devices
+    longest = (shares.length_class < PRES) & (shares.slots == 0) & (share_of_devices >= 0.2)
+    pair = shares.length_class * (mine.max() + 1) + mine
+    for key in np.unique(pair[longest]):
+        members = np.flatnonzero(longest & (pair == key))
+        row = np.repeat(rows.begin(1, -np.inf, 0.0), len(members) + 1)
+        part = 2 * num_times + mine[members[0]]
+        columns = np.concatenate([members + first_share, [part]]).astype(np.int64)
+        rows.add(row, columns, np.concatenate([share_of_devices[members], [-1.0]]))
+
+
+PRES = 2
 
 
 def _add_times(

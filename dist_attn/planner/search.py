@@ -20,7 +20,7 @@ from dist_attn.planner.fluid import Fluid, Groups, OpenGroup, Profile, Score
 _WINDOW = 96
 
 
-@dataclass
+@dataclass(slots=True)
 class Arrangement:
     """Micro-batches of groups of long documents, with their profiles and their score."""
 
@@ -29,7 +29,7 @@ class Arrangement:
     score: Score
 
 
-@dataclass
+@dataclass(slots=True)
 class _Draft:
     """An arrangement that documents are being put into, with the times that are aimed at."""
 
@@ -74,9 +74,12 @@ class Search:
     def run(self, first: Arrangement, steps: int, warmth: float = 0.001) -> Arrangement:
         """Improve by `steps` steps; returns the best arrangement seen."""
         now = best = first
+        fruitful = 0
         for step in range(steps):
             if step % 32 == 0 and time.monotonic() > self.deadline:
                 self.late = True
+                break
+            if step - fruitful > max(steps // 3, 100):
                 break
             self.steps += 1
             found = self._step(now)
@@ -86,8 +89,8 @@ class Search:
             temperature = warmth * first.score.total * (1 - step / steps) ** 2
             if worse <= 0 or self.random.random() < math.exp(-worse / max(temperature, 1e-300)):
                 now = found
-                if now.score.total < best.score.total * (1 - 1e-9):
-                    best = now
+                if now.score.total < best.score.total * (1 - 1e-5):
+                    best, fruitful = now, step
         return best
 
     def _arrange(self, batches: list[Groups]) -> Arrangement | None:
@@ -148,7 +151,7 @@ class Search:
         m = int(choose() * count)
         if choose() < 0.5 and draft.batches[m]:
             aim = self._aim(draft, m)
-            share = 0.3 if aim > draft.times[m] else 0.1
+            share = 0.5 if aim > draft.times[m] else 0.3
             limit = aim * 1.0001
             fixed = self.fluid.fixed
             self._keep(
@@ -163,7 +166,7 @@ class Search:
                 if other != m:
                     self._keep(draft, other, [g for g in draft.batches[other] if choose() > 0.3], out)
             return out
-        for _ in range(1 + int(choose() * 4)):
+        for _ in range(2 + int(choose() * 5)):
             m = int(choose() * count)
             groups = draft.batches[m]
             if not groups:
@@ -285,15 +288,20 @@ class Search:
                 room = capacity[cls] - group.tokens
                 if room < length:
                     continue
+                slope = slopes[cls]
                 spare = time_s - fixed[cls] - group.seconds
                 left = spare - seconds[cls]
-                before = min(spare * slopes[cls], room)
+                lost = spare * slope
+                if lost > room:
+                    lost = room
                 if left >= 0:
-                    cost = price * (before - min(left * slopes[cls], room - length))
+                    kept = left * slope
+                    lost -= kept if kept < room - length else room - length
+                    cost = price * lost
                 else:
-                    cost = price * before - left
+                    cost = price * lost - left
                 # Now and then the best is overlooked, for variety.
-                if cost < best and choose() > 0.03:
+                if cost < best and choose() > 0.1:
                     best, found = cost, (cost, m, position)
         return found
 
@@ -302,25 +310,25 @@ class Search:
         fluid, price, choose = self.fluid, draft.price, self.random.random
         length, seconds = fluid.lengths[i], fluid.seconds[i]
         best, found = math.inf, None
-        for cls in fluid.options[i]:
-            pool, degree = fluid.pool[cls], fluid.degree[cls]
-            needed = fluid.fixed[cls] + seconds[cls]
-            slope, room = fluid.slope[cls], fluid.capacity[cls] - length
-            for m, free in enumerate(draft.free):
-                if degree > (free[pool] if pool >= 0 else sum(free)):
+        options = [
+            (cls, fluid.pool[cls], fluid.degree[cls], fluid.fixed[cls] + seconds[cls])
+            for cls in fluid.options[i]
+        ]
+        for m, free in enumerate(draft.free):
+            most = sum(free)
+            if not most:
+                continue
+            time_s, worth = draft.times[m], draft.worth[m]
+            for cls, pool, degree, needed in options:
+                if degree > (free[pool] if pool >= 0 else most):
                     continue
-                lost = degree * (draft.worth[m][pool] if pool >= 0 else min(draft.worth[m]))
-                left = draft.times[m] - needed
+                cost = price * degree * (worth[pool] if pool >= 0 else min(worth))
+                left = time_s - needed
                 if left >= 0:
-                    cost = price * (lost - min(left * slope, room))
+                    kept, room = left * fluid.slope[cls], fluid.capacity[cls] - length
+                    cost -= price * (kept if kept < room else room)
                 else:
-                    cost = price * lost - left
-                if cost < best and choose() > 0.03:
+                    cost -= left
+                if cost < best and choose() > 0.1:
                     best, found = cost, (cost, m, cls)
-            if False and len(draft.batches) < self.max_batches and draft.changed:
-                # A micro-batch of its own pays its time and earns the room of the other devices.
-                others = (sum(fluid.pool_sizes) - degree) * max(self._worth(needed))
-                cost = needed - price * others
-                if cost < best and choose() > 0.03:
-                    best, found = cost, (cost, len(draft.batches), cls)
         return found

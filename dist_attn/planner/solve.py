@@ -24,9 +24,8 @@ from dist_attn.planner.search import Search
 class Effort:
     """Work limits, so that equal input gives equal plans."""
 
-    #: Ruin-and-recreate steps, and the best of how many searches is taken.
+    #: Ruin-and-recreate steps; a search that comes to rest early starts again with what is left.
     steps: int = 1000
-    starts: int = 1
     #: Branch-and-bound nodes of the lower bound; 0: only its root.
     bound_nodes: int = 60
 
@@ -99,7 +98,7 @@ def static_plan(
     for degree in (d for d in range(1, world + 1) if world % d == 0):
         rules = planner.model_copy(update={"mode": "static", "static_degree": degree})
         try:
-            plans.append(plan(lengths, cluster, cost, rules, strategies, seed, Effort(200, 1, 0)))
+            plans.append(plan(lengths, cluster, cost, rules, strategies, seed, Effort(200, 0)))
         except PlanError:
             continue
     return min(plans, key=lambda p: p.predicted_s, default=None)
@@ -112,16 +111,17 @@ def _best_batches(
     search = Search(fluid, seed, program.max_micro_batches, deadline)
     best: list[Groups] = []
     best_s = math.inf
-    for count, aim_s in _starts(program, fluid):
+    count, aim_s = _start(program, fluid)
+    while search.steps < effort.steps * 2 // 3 or not search.steps:
         first = search.start(aim_s, count)
         if first is None:
-            continue
-        found = search.run(first, effort.steps)
+            break
+        found = search.run(first, effort.steps - search.steps)
         batches = pour(fluid, found)
         total = sum(batch_times(fluid, batches))
         if len(batches) <= program.max_micro_batches and total < best_s:
             best, best_s = batches, total
-        if search.late:
+        if search.late or not search.steps:
             break
     if not best:
         raise PlanError(
@@ -132,8 +132,8 @@ def _best_batches(
     return best, search
 
 
-def _starts(program: Program, fluid: Fluid) -> list[tuple[int, float]]:
-    """Numbers of micro-batches to start from, with the time that each aims at."""
+def _start(program: Program, fluid: Fluid) -> tuple[int, float]:
+    """The least number of micro-batches, and the time that each aims at."""
     tokens = int(program.lengths.sum())
     densest = {
         pool: max(
@@ -148,4 +148,4 @@ def _starts(program: Program, fluid: Fluid) -> list[tuple[int, float]]:
         for seconds in fluid.seconds
     )
     fixed = min(fluid.fixed)
-    return [(least, fixed + work / program.num_devices / least)]
+    return least, fixed + work / program.num_devices / least
