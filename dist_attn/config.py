@@ -217,10 +217,35 @@ class ClusterConfig(_Section):
 class EngineConfig(_Section):
     """The training engine and its sharding."""
 
-    name: Literal["deepspeed"] = "deepspeed"
+    name: Literal["deepspeed", "megatron"] = "deepspeed"
+    #: megatron: 1, which is what its distributed optimizer does.
     zero_stage: Literal[0, 1, 2, 3] = 2
-    #: DeepSpeed's communication buckets, in elements.
+    #: Communication buckets, in elements.
     bucket_elements: Positive = 1_000_000
+    #: Neighbouring ranks that hold one model between them (megatron): the planner counts them as
+    #: one rank.
+    tensor_parallel_degree: Positive = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_of_megatron(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name") == "megatron":
+            return {"zero_stage": 1, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _engine(self) -> EngineConfig:
+        if self.name == "megatron" and self.zero_stage != 1:
+            raise ValueError(
+                f"megatron's distributed optimizer shards the optimizer's state, which is "
+                f"zero_stage 1, got {self.zero_stage}; leave zero_stage out, or use deepspeed"
+            )
+        if self.name == "deepspeed" and self.tensor_parallel_degree != 1:
+            raise ValueError(
+                f"tensor_parallel_degree {self.tensor_parallel_degree} needs name 'megatron'; "
+                f"deepspeed shards over all ranks by zero_stage"
+            )
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -285,7 +310,20 @@ class Config(_Section):
                 "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
                 "use zero_stage 1, 2 or 3, or dtype fp32"
             )
+        self._check_tensor_parallel()
         return self
+
+    def _check_tensor_parallel(self) -> None:
+        degree = self.engine.tensor_parallel_degree
+        if self.model.checkpoint is not None:
+            return  # Its sizes are checked when it is read.
+        for key in ("num_heads", "num_kv_heads", "intermediate_size"):
+            size = getattr(self.model, key)
+            if size % degree:
+                raise ValueError(
+                    f"engine.tensor_parallel_degree {degree} does not divide model.{key} {size}; "
+                    f"use a degree that divides it, and context parallelism for the other ranks"
+                )
 
     def on(self, device_type: str) -> Config:
         """The same configuration with what is `auto` decided for `cpu` or `cuda`."""

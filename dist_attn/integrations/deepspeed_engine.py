@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dist_attn.config import Config, OptimizerConfig
 from dist_attn.integrations.engine import Fragment
+from dist_attn.integrations.optimizer import make_optimizer, state_keys
 
 
 class DeepSpeedEngine:
@@ -37,7 +38,7 @@ class DeepSpeedEngine:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._params = dict(model.named_parameters())
-        self._state_keys = ("exp_avg", "exp_avg_sq") if config.optimizer.name == "adamw" else ()
+        self._state_keys = state_keys(config.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optimizer, device),
@@ -163,22 +164,11 @@ class DeepSpeedEngine:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """A torch optimizer; vectors (norms, biases) are not decayed."""
+    """The configured torch optimizer over a model's parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=device.type == "cuda",
-    )
+    matrices = [p for p in params if p.dim() > 1]
+    vectors = [p for p in params if p.dim() <= 1]
+    return make_optimizer(matrices, vectors, config, device.type)
 
 
 def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
+
+from dist_attn.config import Config
+
+if TYPE_CHECKING:
+    from dist_attn.integrations.hf import CausalLM
+
+#: Where each engine lives; only the one that is configured is imported.
+ENGINES = {
+    "deepspeed": "dist_attn.integrations.deepspeed_engine:DeepSpeedEngine",
+    "megatron": "dist_attn.integrations.megatron_engine:MegatronEngine",
+}
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous part of one parameter's float32 state, as live tensors of this rank.
+    """A part of one parameter's float32 state, as live tensors of this rank.
+
+    It is contiguous in the flattened parameter, or (`run`) the same columns of consecutive rows, as
+    tensor parallelism cuts a matrix.
 
     Writing into the tensors changes the engine's state; `Engine.refresh` then carries the master
     weights over to the parameters that compute.
@@ -24,6 +41,9 @@ class Fragment:
     tensors: dict[str, Tensor]
     #: Whether this rank saves it; of a replicated fragment one rank does.
     owned: bool
+    #: Elements of each row, whose rows follow each other at the parameter's row length; None for a
+    #: contiguous fragment.
+    run: int | None = None
 
     @property
     def numel(self) -> int:
@@ -69,3 +89,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds outside of its tensors."""
+
+
+def engine_factory(name: str) -> Callable[[CausalLM, Config, torch.device], Engine]:
+    """The class that makes an engine of a built model, imported when it is asked for."""
+    module, attribute = ENGINES[name].split(":")
+    factory: Any = getattr(importlib.import_module(module), attribute)
+    return factory

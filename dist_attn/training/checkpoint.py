@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and that any number of ranks and ZeRO stage can read.
+"""Checkpoints that are complete or absent, and that any number of ranks and any engine can read.
 
 A checkpoint is a folder `step-000040` with one safetensors file per rank and a manifest:
 
@@ -7,10 +7,10 @@ A checkpoint is a folder `step-000040` with one safetensors file per rank and a 
     manifest.json                      step, data position, configuration, where each fragment of
                                        each parameter lies, size and sha256 of every file
 
-A fragment is a contiguous part of a flattened parameter, so that a reader takes the elements it
-needs from whichever files hold them: no gathering when written, no conversion when the number of
-ranks or the ZeRO stage changes. The folder is written under another name and renamed when every
-byte of it is on disk. Nothing that is read can run code.
+A fragment is a part of a parameter (see `Fragment`), so that a reader takes the elements it needs
+from whichever files hold them: no gathering when written, no conversion when the number of ranks,
+the ZeRO stage, the degree of tensor parallelism or the engine changes. The folder is written under
+another name and renamed when every byte of it is on disk. Nothing that is read can run code.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from safetensors.torch import save_file
 
 from dist_attn.errors import CheckpointError
 from dist_attn.integrations.engine import Engine, Fragment
+from dist_attn.training.regions import Region, overlap, regions
 from dist_attn.training.runtime import Runtime
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
@@ -85,7 +86,7 @@ def save_checkpoint(
         _sync(partial / name)
         written = {"file": name, "sha256": _sha256(partial / name)}
         written["bytes"] = (partial / name).stat().st_size
-        written["fragments"] = [(f.name, f.start, f.numel) for f in fragments]
+        written["fragments"] = [(f.name, f.start, f.numel, f.run) for f in fragments]
     shapes = {f.name: f.shape for f in fragments}
     files = runtime.gather((written, shapes))
     with runtime.together(), _Writing(final):
@@ -247,38 +248,52 @@ def _check_parameters(path: Path, manifest: dict[str, Any], fragments: list[Frag
 
 
 def _fill(path: Path, manifest: dict[str, Any], fragments: list[Fragment]) -> None:
-    saved: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    saved: dict[str, list[_Saved]] = defaultdict(list)
     for entry in manifest["files"]:
-        for name, start, numel in entry["fragments"]:
-            saved[name].append((start, numel, entry["file"]))
-    wanted: dict[str, list[tuple[Fragment, int, int]]] = defaultdict(list)
+        for name, start, numel, run in entry["fragments"]:
+            saved[name] += [
+                _Saved(entry["file"], start, region)
+                for region in regions(manifest["shapes"][name], start, numel, run)
+            ]
+    wanted: dict[str, list[tuple[Fragment, int, Region, Region]]] = defaultdict(list)
     for fragment in fragments:
-        covered = 0
-        for start, numel, file in saved[fragment.name]:
-            first = max(start, fragment.start)
-            last = min(start + numel, fragment.start + fragment.numel)
-            if first < last:
-                wanted[file].append((fragment, start, last - first))
-                covered += last - first
-        if covered != fragment.numel:
+        f, covered = fragment, 0
+        for mine in regions(f.shape, f.start, f.numel, f.run):
+            for there in saved[f.name]:
+                shared = overlap(there.region, mine)
+                if shared is not None:
+                    wanted[there.file].append((f, there.start, *shared))
+                    covered += shared[0].numel
+        if covered != f.numel:
             raise CheckpointError(
-                f"checkpoint {path} holds {covered} of {fragment.numel} elements of {fragment.name}"
+                f"checkpoint {path} holds {covered} of {f.numel} elements of {f.name}"
             )
     for file, parts in wanted.items():
         try:
             with safe_open(path / file, framework="pt") as reader:
-                for fragment, start, numel in parts:
-                    _copy(reader, fragment, start, numel)
+                for fragment, start, source, target in parts:
+                    _copy(reader, fragment, start, source, target)
         except SafetensorError as error:
             raise CheckpointError(f"checkpoint file {path / file}: {error}") from None
 
 
-def _copy(reader: Any, fragment: Fragment, saved_start: int, numel: int) -> None:
-    first = max(saved_start, fragment.start)
+@dataclass(frozen=True)
+class _Saved:
+    """A rectangle of a saved fragment."""
+
+    file: str
+    start: int
+    region: Region
+
+
+def _copy(reader: Any, fragment: Fragment, start: int, source: Region, target: Region) -> None:
     for key, tensor in fragment.tensors.items():
-        source = reader.get_slice(f"{key}|{saved_start}|{fragment.name}")
-        part = source[first - saved_start : first - saved_start + numel]
-        tensor[first - fragment.start : first - fragment.start + numel].copy_(part)
+        saved = reader.get_slice(f"{key}|{start}|{fragment.name}")
+        part = saved[source.offset : source.offset + source.span]
+        into = tensor[target.offset : target.offset + target.span]
+        into.as_strided(target.size, (target.stride, 1), into.storage_offset()).copy_(
+            part.as_strided(source.size, (source.stride, 1), part.storage_offset())
+        )
 
 
 def _random_state(runtime: Runtime) -> dict[str, torch.Tensor]:

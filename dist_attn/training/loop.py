@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_attn.config import Config
+from dist_attn.config import Config, EngineConfig
 from dist_attn.data import BatchSampler, Corpus, SamplerPosition
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import GroupPool
-from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
-from dist_attn.integrations.engine import Engine
+from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.plan import Plan
 from dist_attn.training.checkpoint import (
@@ -118,7 +117,8 @@ class _Run:
         self._folder = folder
         self._corpus = corpus
         self._plans = plans
-        self._pool = GroupPool()
+        self._pool = GroupPool(64 * config.engine.tensor_parallel_degree)
+        self._tensor_parallel_degree = config.engine.tensor_parallel_degree
         self._engine: Engine
         self._runner: StepRunner
         with runtime.together():
@@ -137,7 +137,9 @@ class _Run:
         with runtime.together():
             model = build_model(config.model, self._corpus.vocab_size, config.run.seed)
             self._corpus.require_vocab(model.hf_config.vocab_size)
-        self._engine = DeepSpeedEngine(model, config, runtime.device)
+        make = engine_factory(config.engine.name)
+        with runtime.together():
+            self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self._engine, runtime)
         self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool)
@@ -162,7 +164,7 @@ class _Run:
         runtime, engine = self._runtime, self._config.engine
         reporter.say(f"corpus: {self._corpus.report}")
         reporter.say(
-            f"{runtime.world_size} ranks on {runtime.device.type}, ZeRO {engine.zero_stage}, "
+            f"{runtime.world_size} ranks on {runtime.device.type}, {_describe(engine)}, "
             f"{self._config.model.dtype}; groups below: degree, r ring, u Ulysses, "
             f"+ at a time, | one after another"
         )
@@ -207,7 +209,8 @@ class _Run:
         mine = (time.perf_counter() - begun, result, memory_gib(device))
         everyone: list[tuple[float, StepResult, float]] = self._runtime.gather(mine)
         seconds = max(s for s, _, _ in everyone)
-        padding = sum(r.padding for _, r, _ in everyone)
+        # Neighbours that hold one model between them have the same tokens.
+        padding = sum(r.padding for _, r, _ in everyone[:: self._tensor_parallel_degree])
         tokens = sum(plan.lengths)
         return StepMetrics(
             step=step,
@@ -240,3 +243,9 @@ class _Run:
         )
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
+
+
+def _describe(engine: EngineConfig) -> str:
+    if engine.name == "megatron":
+        return f"megatron with tensor parallelism of {engine.tensor_parallel_degree}"
+    return f"ZeRO {engine.zero_stage}"

@@ -15,6 +15,7 @@ from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserErro
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.shape import ModelShape
+from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.planning import PlanningProblem
 from dist_attn.training.runtime import Runtime
 
@@ -62,16 +63,20 @@ def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
 def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> PlanningProblem:
     """Describe the cluster at hand and its costs to the planner.
 
+    Ranks that hold one model between them (tensor parallelism) count as one.
+
     Collective: by all ranks.
 
     Raises:
         ConfigError: on every rank, when the described cluster has another number of ranks.
     """
+    degree = config.engine.tensor_parallel_degree
     with runtime.together():
-        shape = ModelShape.from_config(config.model, corpus.vocab_size)
+        whole = ModelShape.from_config(config.model, corpus.vocab_size)
+        shape = tensor_parallel_shape(whole, degree)
     names = runtime.gather(_device_name(runtime))
     with runtime.together():
-        cluster = _cluster(config, runtime, names)
+        cluster = tensor_parallel_cluster(_cluster(config, runtime, names), shape, degree)
         cost = CostModel.derive(
             shape, cluster, config.engine.zero_stage, config.planner.max_tokens_per_device
         )

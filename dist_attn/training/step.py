@@ -19,6 +19,7 @@ from dist_attn.integrations.engine import Engine
 from dist_attn.masks import Causal, Documents
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 from dist_attn.training.runtime import Runtime
+from dist_attn.training.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class StepRunner:
         self._config = config
         self._runtime = runtime
         self._pool = pool
+        self._topology = Topology(
+            runtime.world_size, runtime.rank, config.engine.tensor_parallel_degree
+        )
 
     def accumulate(self, plan: Plan, document_ids: IntArray) -> StepResult:
         """Forward and backward of the whole step; the gradients are then those of its mean loss.
@@ -69,6 +73,9 @@ class StepRunner:
             self._engine.backward(loss, max(total, 1), last=index == last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
+        # Ranks that hold one model between them have the same loss: one of them counts.
+        if self._topology.tensor_rank:
+            loss_sum.zero_()
         dist.all_reduce(loss_sum)
         mean = float(loss_sum) / max(total, 1)
         if not math.isfinite(mean):
@@ -91,8 +98,9 @@ class StepRunner:
         self, micro_batch: MicroBatch, document_ids: IntArray
     ) -> tuple[LocalBatch, AttentionContext]:
         """This rank's tensors of a micro-batch, and how their attention is carried out."""
-        self._pool.ensure(g.ranks for g in micro_batch.groups)
-        group = next((g for g in micro_batch.groups if self._runtime.rank in g.ranks), None)
+        topology = self._topology
+        self._pool.ensure(s for g in micro_batch.groups for s in topology.everyone(g.ranks))
+        group = next((g for g in micro_batch.groups if topology.plan_rank in g.ranks), None)
         comm = self._comm_group(group)
         batch = build_local_batch(
             self._corpus,
@@ -108,7 +116,7 @@ class StepRunner:
     def _comm_group(self, group: Group | None) -> CommGroup:
         if group is None:
             return single_rank_group(self._runtime.rank)
-        return self._pool.get(group.ranks)
+        return self._pool.get(self._topology.members(group.ranks))
 
     def _layout_kind(self, group: Group | None) -> str:
         # All-to-all gives each rank whole sequences of some heads: any layout is balanced.
