@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from tests.ranks import run_ranks
 def attempt(config: str, overrides: list[str], resume: str | None) -> str:
     """The refusal's text on this rank, or `done`."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    # The planner's process is a child of rank 0, which the helper's daemons may not have.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     try:
+        # Two ranks hold the longest documents unless the test says otherwise.
+        overrides = ["planner.max_tokens_per_device=256", *overrides]
         settings = load_config(config, overrides).on("cpu")
         run_training(settings, resume, Runtime(rank, size, rank, size, torch.device("cpu")))
     except UserError as error:
