@@ -1,4 +1,4 @@
-"""The command line: `dist-attn train`, `dist-attn plan`. Arguments and exit codes, nothing else."""
+"""The command line: `dist-attn train`, `plan`, `export`. Arguments and exit codes, nothing else."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start")
     train.set_defaults(run=_train)
 
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a folder that transformers loads",
+        description="Writes config.json, safetensors and the tokenizer, if the run has one.",
+    )
+    export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="run_folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--checkpoint", default="latest", metavar="NAME")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], help="default: the run's own")
+    export.set_defaults(run=_export)
+
     plan = commands.add_parser(
         "plan",
         help="preview the plan of a batch of documents, for any cluster",
@@ -96,6 +107,14 @@ def _train(parsed: argparse.Namespace) -> int:
     from dist_attn.training.loop import train
 
     train(config, parsed.resume)
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from dist_attn.training.export import export
+
+    path = export(parsed.run_folder, parsed.checkpoint, parsed.out, parsed.dtype)
+    logging.getLogger(__name__).info("wrote %s as %s", path, parsed.out)
     return 0
 
 

@@ -110,6 +110,38 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
     return CausalLM(decoder, config.loss_chunk_tokens)
 
 
+def save_for_transformers(
+    config: ModelConfig, parameters: dict[str, Tensor], folder: Path, max_positions: int
+) -> None:
+    """Write trained parameters as a folder that transformers (and `model.checkpoint`) loads.
+
+    Args:
+        config: the model section that the parameters were trained with; its dtype is that of the
+            files.
+        parameters: every parameter by its name, float32.
+        folder: where config.json and safetensors files go.
+        max_positions: the longest document trained on, for config.json.
+    """
+    vocab_size = parameters["model.embed_tokens.weight"].shape[0]
+    if config.checkpoint is not None:
+        hf_config = AutoConfig.from_pretrained(config.checkpoint, local_files_only=True)
+    else:
+        hf_config = _llama_config(config, vocab_size)
+        hf_config.max_position_embeddings = max_positions
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(hf_config)
+    dtype = _DTYPES[config.dtype]
+    weights = {name: tensor.to(dtype) for name, tensor in parameters.items()}
+    missing, unexpected = decoder.load_state_dict(weights, strict=False, assign=True)
+    decoder.tie_weights()
+    left = [n for n, p in decoder.named_parameters() if p.is_meta]
+    assert not left, f"parameters are missing: {missing}"
+    assert not unexpected, f"parameters of another model: {unexpected}"
+    decoder.config.use_cache = True
+    decoder.config.dtype = dtype
+    decoder.save_pretrained(folder)
+
+
 def _llama_config(config: ModelConfig, vocab_size: int) -> LlamaConfig:
     size = config.vocab_size or vocab_size
     if size < vocab_size:

@@ -155,6 +155,22 @@ def load_checkpoint(path: Path, engine: Engine, runtime: Runtime) -> None:
     engine.refresh(manifest["state"]["step"])
 
 
+def read_parameters(path: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of a checkpoint, whole and in float32, after checking every file.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    manifest = _read_manifest(path)
+    _verify(path, manifest, Runtime(0, 1, 0, 1, torch.device("cpu")))
+    fragments = [
+        Fragment(name, tuple(shape), 0, {"param": torch.empty(math.prod(shape))}, owned=False)
+        for name, shape in manifest["shapes"].items()
+    ]
+    _fill(path, manifest, fragments)
+    return {f.name: f.tensors["param"].view(f.shape) for f in fragments}
+
+
 class _Writing:
     """Turns the operating system's refusal to write into a CheckpointError that names the path."""
 
