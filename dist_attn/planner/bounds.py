@@ -15,7 +15,8 @@ minimise  sum over t of total_t  subject to
     sum over k, c of d_c s_kc share_kct / D <= total_t - f count_t       device seconds
     sum over q of part_qt <= count_t                                     devices
     sum over k, c in q of (memory, slots or seconds)_kct share_kct <= part_qt    within each tier
-    total_t - tau_t count_t >= sum over c of (need_kc - tau_t) share_kct    for single long documents
+    total_t - tau_t count_t >= sum over c of (need_kc - tau_t) share_kct   each of the longest
+    part_qt >= sum over c in q of d_c / D share_kct                        each of the longest
     tau_t count_t <= total_t <= tau_t+1 count_t
     sum over t that can hold the longest document of count_t >= 1
 
@@ -36,6 +37,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import highspy
 import numpy as np
 
 from dist_attn.planner.highs import Answer, WarmProgram
@@ -116,7 +118,7 @@ def lower_bound(
 
 
 def _solve(
-    solver: WarmProgram, relaxation: Relaxation, node: _Node, basis: object
+    solver: WarmProgram, relaxation: Relaxation, node: _Node, basis: highspy.HighsBasis | None
 ) -> Answer | None:
     first = relaxation.first_sum_row
     rows = range(first, first + relaxation.num_times)

@@ -18,47 +18,53 @@ def check_plan(
 ) -> None:
     """Raise PlanError, naming everything that is wrong, unless the plan is sound.
 
-    Checked: it is for these lengths and this cluster; every document lies in exactly one group; groups
-    of a micro-batch have disjoint ranks; tokens add up; no rank holds more than it can; the strategy is
-    allowed; times follow from the cost model; the predicted time is the sum over micro-batches of the
-    slowest group; the lower bound is not above it.
+    Checked: it is for these lengths and this cluster; every document lies in exactly one group;
+    groups of a micro-batch have disjoint ranks; tokens add up; no rank holds more than it can; the
+    strategy is allowed; times follow from the cost model; the predicted time is the sum over
+    micro-batches of the slowest group; the lower bound is not above it.
     """
-    wrong: list[str] = []
-    if list(plan.lengths) != [int(n) for n in lengths]:
-        wrong.append("the plan is for other lengths")
-    if plan.world_size != cluster.world_size:
-        wrong.append(f"the plan is for {plan.world_size} ranks, not {cluster.world_size}")
+    wrong = _check_frame(plan, lengths, cluster)
     if wrong:
         raise PlanError("; ".join(wrong))
-    counts = [0] * len(plan.lengths)
     total = 0.0
     for m, micro_batch in enumerate(plan.micro_batches):
-        used: set[int] = set()
         slowest = 0.0
         for g, group in enumerate(micro_batch.groups):
             name = f"micro-batch {m} group {g}"
-            if used & set(group.ranks) or len(set(group.ranks)) != len(group.ranks):
-                wrong.append(f"{name}: a rank is used twice")
-            if not all(0 <= r < cluster.world_size for r in group.ranks):
-                wrong.append(f"{name}: a rank outside the cluster")
-                continue
-            used |= set(group.ranks)
-            for d in group.documents:
-                counts[d] += 1
             seconds = _check_group(name, group, plan, cluster, cost, wrong)
             if not math.isclose(seconds, group.time_s, rel_tol=tolerance, abs_tol=1e-12):
                 wrong.append(f"{name}: predicted {group.time_s} s, recomputed {seconds} s")
             slowest = max(slowest, seconds)
         total += slowest
-    for d, count in enumerate(counts):
-        if count != 1:
-            wrong.append(f"document {d} lies in {count} groups")
     if not math.isclose(total, plan.predicted_s, rel_tol=tolerance, abs_tol=1e-12):
         wrong.append(f"the plan predicts {plan.predicted_s} s, recomputed {total} s")
     if plan.lower_bound_s > plan.predicted_s * (1 + tolerance):
         wrong.append(f"the lower bound {plan.lower_bound_s} s is above {plan.predicted_s} s")
     if wrong:
         raise PlanError("the plan is not sound: " + "; ".join(wrong[:20]))
+
+
+def _check_frame(plan: Plan, lengths: Sequence[int], cluster: Cluster) -> list[str]:
+    """Lengths, ranks, and every document once."""
+    if list(plan.lengths) != [int(n) for n in lengths]:
+        return ["the plan is for other lengths"]
+    if plan.world_size != cluster.world_size:
+        return [f"the plan is for {plan.world_size} ranks, not {cluster.world_size}"]
+    wrong = []
+    counts = [0] * len(plan.lengths)
+    for m, micro_batch in enumerate(plan.micro_batches):
+        ranks = [r for g in micro_batch.groups for r in g.ranks]
+        if len(set(ranks)) != len(ranks):
+            wrong.append(f"micro-batch {m}: a rank is used twice")
+        if not all(0 <= r < cluster.world_size for r in ranks):
+            wrong.append(f"micro-batch {m}: a rank outside the cluster")
+        documents = [d for g in micro_batch.groups for d in g.documents]
+        if not all(0 <= d < len(counts) for d in documents):
+            return [*wrong, f"micro-batch {m}: a document that is not in the batch"]
+        for d in documents:
+            counts[d] += 1
+    wrong += [f"document {d} lies in {n} groups" for d, n in enumerate(counts) if n != 1]
+    return wrong
 
 
 def _check_group(

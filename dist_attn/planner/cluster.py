@@ -13,9 +13,9 @@ from dist_attn.errors import ConfigError
 
 GIB = 1 << 30
 
-#: Dense bf16 matrix rates and memory of the makers' data sheets: NVIDIA A100 (312 TFLOP/s), H100 SXM
-#: and H200 SXM (989), B200 SXM (2,250). Memory in GiB is what the driver leaves of the nominal size,
-#: rounded down. `cpu` is one of four ranks on two cores, fitted to measured steps of the
+#: Dense bf16 matrix rates and memory of the makers' data sheets: NVIDIA A100 (312 TFLOP/s), H100
+#: SXM and H200 SXM (989), B200 SXM (2,250). Memory in GiB is what the driver leaves of the nominal
+#: size, rounded down. `cpu` is one of four ranks on two cores, fitted to measured steps of the
 #: quickstart's model, whose matrices are too small for a higher rate.
 SPEC_SHEETS: dict[str, DeviceConfig] = {
     "a100-40gb": DeviceConfig(peak_tflops=312.0, memory_gib=39.0),
@@ -169,17 +169,18 @@ def local_cluster(world_size: int, device_names: list[str], devices_per_node: in
     """
     if len(device_names) != world_size or world_size % devices_per_node:
         raise ConfigError(
-            f"cluster 'auto' needs one device name per rank and whole nodes, got {world_size} ranks, "
-            f"{len(device_names)} names and {devices_per_node} ranks per node; describe the cluster "
-            f"in a file and name it under `cluster`"
+            f"cluster 'auto' needs one device name per rank and whole nodes, got {world_size} "
+            f"ranks, {len(device_names)} names and {devices_per_node} ranks per node; describe the "
+            f"cluster in a file and name it under `cluster`"
         )
     nodes: list[NodesConfig] = []
     for first in range(0, world_size, devices_per_node):
         names = {_spec_name(n) for n in device_names[first : first + devices_per_node]}
         if len(names) > 1:
             raise ConfigError(
-                f"cluster 'auto' takes nodes of one kind of device each, got {sorted(names)} on the "
-                f"node of rank {first}; describe the cluster in a file and name it under `cluster`"
+                f"cluster 'auto' takes nodes of one kind of device each, got {sorted(names)} on "
+                f"the node of rank {first}; describe the cluster in a file and name it under "
+                f"`cluster`"
             )
         nodes.append(NodesConfig(count=1, devices_per_node=devices_per_node, device=names.pop()))
     if all(n.device == "cpu" for n in nodes):
@@ -209,5 +210,6 @@ def _spec_name(name: str) -> str:
             return spec
     raise ConfigError(
         f"cluster 'auto' has no spec sheet for device '{name}'; known are "
-        f"{', '.join(sorted(SPEC_SHEETS))}; describe the cluster in a file and name it under `cluster`"
+        f"{', '.join(sorted(SPEC_SHEETS))}; describe the cluster in a file and name it under "
+        f"`cluster`"
     )

@@ -1,8 +1,8 @@
 """What a group of ranks costs: seconds of its documents, bytes of its fullest rank.
 
 A group's time is `fixed + sum over its documents of (compute + communication)`, where each term
-depends on the document's length, the degree, the strategy, the devices and whether the group crosses
-nodes. Keeping it a sum over documents is what makes the planner's program linear.
+depends on the document's length, the degree, the strategy, the devices and whether the group
+crosses nodes. Keeping it a sum over documents is what makes the planner's program linear.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class CostModel:
     With n tokens in a document, area A = n (n + 1) / 2 and degree d:
 
     - compute: (linear n + pair A) / d, exactly the work, never n squared.
-    - ulysses: all-to-all of queries, keys, values and outputs, forward and backward. A rank sends the
-      share of its n / d tokens that leaves the node over the slower link while the rest stays inside.
-      Key/value heads are repeated up to d where there are fewer.
-    - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients. Each
-      document's exchange is hidden behind that document's own attention; the excess counts.
+    - ulysses: all-to-all of queries, keys, values and outputs, forward and backward. A rank
+      sends the share of its n / d tokens that leaves the node over the slower link while the rest
+      stays inside. Key/value heads are repeated up to d where there are fewer.
+    - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients.
+      Each document's exchange is hidden behind that document's own attention; the excess counts.
     - fixed: the cluster's micro-batch overhead and the latencies of every layer's exchanges
       (d - 1 messages for a ring and d for its gradients, log2 d for an all-to-all).
     """
@@ -173,7 +173,8 @@ class CostModel:
 
     def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """Linear and attention work of each document, shared evenly."""
-        return (self._linear_s(kind) * lengths + self._attention_s(kind, lengths)) / kind.degree
+        work = self._linear_s(kind) * lengths + self._attention_s(kind, lengths)
+        return np.asarray(work / kind.degree, dtype=np.float64)
 
     def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """Exchange that attention does not hide."""
@@ -183,7 +184,7 @@ class CostModel:
             return self._ulysses_s_per_token(kind) * lengths
         exchange = self._ring_s_per_token(kind) * lengths
         hidden = self.ring_overlap * self._attention_s(kind, lengths) / kind.degree
-        return np.maximum(exchange - hidden, 0.0)
+        return np.asarray(np.maximum(exchange - hidden, 0.0), dtype=np.float64)
 
     def capacity_tokens(self, kind: GroupKind) -> int:
         """Tokens that a rank of this kind of device can hold: its memory, or the configured cap."""

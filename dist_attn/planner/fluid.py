@@ -2,11 +2,11 @@
 
 Long documents decide a plan; short ones fill what is left. `Fluid` therefore scores an arrangement
 of the long documents alone. In a group of class c that holds t tokens and s seconds of them, at
-micro-batch time T there is room for min(Q_c - t, (T - f_c - s) * slope_c) tokens of short documents,
-where slope_c is how many of them a second pays for; devices in no group count as groups of the
-filler class. A micro-batch lasts at least as long as its slowest group. What its short documents
-need beyond that is bought where a second buys most tokens, which is exact because the room of a
-micro-batch is concave in T from there on.
+micro-batch time T there is room for min(Q_c - t, (T - f_c - s) * slope_c) tokens of short
+documents, where slope_c is how many of them a second pays for; devices in no group count as groups
+of the filler class. A micro-batch lasts at least as long as its slowest group. What its short
+documents need beyond that is bought where a second buys most tokens, which is exact because the
+room of a micro-batch is concave in T from there on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Groups = list[OpenGroup]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One micro-batch: least seconds, short tokens that fit within them, and what more time buys.
+    """One micro-batch: least seconds, short tokens that fit into them, what more time buys.
 
     `segments` are (minus tokens per second, tokens), the best first. `feasible` says whether the
     devices suffice.
@@ -49,7 +49,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """An arrangement: seconds of each micro-batch, how many more are needed, and a token's price."""
+    """An arrangement: its micro-batches' seconds, how many are missing, and a token's price."""
 
     total: float
     times: list[float]
@@ -133,7 +133,9 @@ class Fluid:
             )
             # Groups that need whole nodes take them first.
             across = sum(
-                self.degree[g.cls] for g in groups if self.pool[g.cls] == pool and self.crosses[g.cls]
+                self.degree[g.cls]
+                for g in groups
+                if self.pool[g.cls] == pool and self.crosses[g.cls]
             )
             free = sorted(sizes, reverse=True)
             while across and free:

@@ -10,7 +10,6 @@ import numpy as np
 
 from dist_attn.planner.cost import FloatArray, IntArray
 
-
 _CONCLUSIVE = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible)
 
 

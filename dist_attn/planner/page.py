@@ -43,7 +43,8 @@ tr.on td{background:#fff3cd}
 $drawing</svg>
 <div class="legend">$legend</div>
 <div id="tip">Point at a group for its documents and times.</div>
-<div class="scroll"><table><thead><tr><th>micro-batch<th>group<th>degree<th>strategy<th>ranks
+<div class="scroll"><table><thead><tr>
+<th>micro-batch<th>group<th>degree<th>strategy<th>ranks
 <th>documents<th>tokens<th>compute (s)<th>communication (s)<th>idle (s)<th>memory (GiB)</tr></thead>
 <tbody></tbody></table></div>
 <script>
@@ -51,8 +52,8 @@ const groups=$data;
 const body=document.querySelector("tbody"),tip=document.getElementById("tip");
 const f=x=>x.toPrecision(4);
 function cells(g){return [g.m,g.g,g.d,g.s,g.r,g.n.length,g.t,f(g.c),f(g.x),f(g.i),f(g.b)]}
-groups.forEach((g,k)=>{const row=body.insertRow();cells(g).forEach(v=>row.insertCell().textContent=v);
-row.dataset.k=k});
+groups.forEach((g,k)=>{const row=body.insertRow();
+cells(g).forEach(v=>row.insertCell().textContent=v);row.dataset.k=k});
 function show(k){document.querySelectorAll(".on").forEach(e=>e.classList.remove("on"));
 const g=groups[k];document.querySelectorAll('[data-k="'+k+'"]').forEach(e=>e.classList.add("on"));
 const n=g.n.slice(0,40).join(", ")+(g.n.length>40?", ...":"");
@@ -76,11 +77,14 @@ def page(plan: Plan, static: Plan | None = None) -> str:
     legend = "".join(
         f'<span><i style="background:{degree_colour(d)}"></i>degree {d}</span>' for d in degrees
     )
-    legend += '<span><i style="background:repeating-linear-gradient(135deg,#fff 0 3px,#ccc 3px 4px)">'
+    legend += (
+        '<span><i style="background:repeating-linear-gradient(135deg,#fff 0 3px,#ccc 3px 4px)">'
+    )
     legend += "</i>idle</span>"
     return _PAGE.substitute(
         title=html.escape(
-            f"{len(plan.lengths)} documents, {sum(plan.lengths):,} tokens on {plan.world_size} ranks"
+            f"{len(plan.lengths)} documents, {sum(plan.lengths):,} tokens "
+            f"on {plan.world_size} ranks"
         ),
         cards=_cards(plan, static),
         height=f"{height + 34:g}",

@@ -23,9 +23,7 @@ def place(
     return tuple(sorted(found, key=lambda m: (-m.time_s, m.groups[0].documents)))
 
 
-def _place_one(
-    program: Program, members: Groups, cluster: Cluster, cost: Costs
-) -> MicroBatch:
+def _place_one(program: Program, members: Groups, cluster: Cluster, cost: Costs) -> MicroBatch:
     classes = program.classes
 
     def size(group: OpenGroup) -> tuple[bool, bool, int, int]:

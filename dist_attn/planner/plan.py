@@ -1,6 +1,7 @@
 """A plan as data: micro-batches of groups of ranks, each with its documents.
 
-A plan prints, hashes, and goes through JSON unchanged; every rank compares its digest before a step.
+A plan prints, hashes, and goes through JSON unchanged; every rank compares its digest before a
+step.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ class Plan:
         data = _mapping(text, source)
         if data.pop("version") != PLAN_VERSION:
             raise PlanError(
-                f"{source}: plan version {json.loads(text)['version']!r} cannot be read, only version "
-                f"{PLAN_VERSION}; make the plan again"
+                f"{source}: plan version {json.loads(text)['version']!r} cannot be read, only "
+                f"version {PLAN_VERSION}; make the plan again"
             )
         try:
             plan = _build(data)
@@ -148,7 +149,8 @@ class Plan:
         if cluster_fingerprint is not None and plan.cluster_fingerprint != cluster_fingerprint:
             raise PlanError(
                 f"{source}: the plan was made for another cluster (fingerprint "
-                f"{plan.cluster_fingerprint}, here {cluster_fingerprint}); make it again for this one"
+                f"{plan.cluster_fingerprint}, here {cluster_fingerprint}); make it again for this "
+                f"one"
             )
         return plan
 

@@ -97,7 +97,9 @@ def _distribute(fluid: Fluid, vessels: list[_Vessel]) -> bool:
     heapq.heapify(by_tokens)
     heapq.heapify(by_time)
     for i in range(fluid.num_long, len(fluid.lengths)):
-        if not (_put(fluid, vessels, by_tokens, i, False) or _put(fluid, vessels, by_time, i, True)):
+        if not (
+            _put(fluid, vessels, by_tokens, i, False) or _put(fluid, vessels, by_time, i, True)
+        ):
             return False
     return True
 
@@ -107,7 +109,7 @@ def _put(
 ) -> bool:
     """Into the roomiest vessel that takes the document; `timed`: room is seconds, else tokens."""
     length, seconds = fluid.lengths[i], fluid.seconds[i]
-    aside = []
+    aside: list[tuple[float, int]] = []
     placed = False
     while heap and len(aside) < 8:
         key, v = heap[0]
@@ -119,7 +121,9 @@ def _put(
             vessel.group.tokens += length
             vessel.group.seconds += seconds[cls]
             vessel.group.documents.append(i)
-            heapq.heapreplace(heap, (key + (seconds[cls] / fluid.rate[cls] if timed else length), v))
+            heapq.heapreplace(
+                heap, (key + (seconds[cls] / fluid.rate[cls] if timed else length), v)
+            )
             placed = True
             break
         if -key < length and not timed:

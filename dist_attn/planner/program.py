@@ -1,8 +1,8 @@
 """The program that a plan solves.
 
-Given documents i with lengths n_i, pools p of D_p equal devices, and group classes c: a degree d_c, a
-strategy, a pool, inside a node or across, a fixed time f_c, a token capacity Q_c, and seconds s_ci that
-document i adds to such a group.
+Given documents i with lengths n_i, pools p of D_p equal devices, and group classes c: a degree
+d_c, a strategy, a pool, inside a node or across, a fixed time f_c, a token capacity Q_c, and
+seconds s_ci that document i adds to such a group.
 
 Variables, for micro-batches m = 1 .. M with M itself free up to a limit:
     T_m >= 0          seconds of micro-batch m

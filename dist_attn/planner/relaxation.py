@@ -15,6 +15,11 @@ from dist_attn.planner.program import Program
 #: Longest documents that are length classes of their own, and those that are branched on.
 _SINGLES = 12
 _BRANCHED = 12
+#: Longest documents whose groups must exist as a whole.
+_PRESENT = 2
+#: Boundaries spread over the times, and how far apart (as a factor) boundaries are.
+_TIME_CLASSES = 4
+_APART = 1.02
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,6 @@ def build_relaxation(program: Program, times: Sequence[float], predicted_s: floa
     )
 
 
-SPREAD, NEAR = 4, 1.02
-
-
 def _time_classes(program: Program, times: Sequence[float], predicted_s: float) -> FloatArray:
     """Boundaries of the time classes: evenly spread, and just above a known plan's times.
 
@@ -142,14 +144,15 @@ def _time_classes(program: Program, times: Sequence[float], predicted_s: float) 
     high = min(max(times) * 1.1, predicted_s)
     if high <= 0:
         return np.array([0.0, np.inf])
-    spread = np.geomspace(max(min(low, min(times)), high * 1e-2), high, SPREAD).tolist()
+    low = max(min(low, *times), high * 1e-2)
+    spread = np.geomspace(low, high, _TIME_CLASSES).tolist()
     spread.append(float(np.sqrt(high * predicted_s)))
     kept = [0.0]
     for tau in sorted([*spread, *(t * 1.003 for t in times)]):
         if tau < predicted_s * 0.999:
-            if kept[-1] > 0 and tau < kept[-1] * NEAR and tau not in spread:
+            if kept[-1] > 0 and tau < kept[-1] * _APART and tau not in spread:
                 kept[-1] = tau
-            elif tau > kept[-1] * NEAR:
+            elif tau > kept[-1] * _APART:
                 kept.append(tau)
     return np.array([*kept, predicted_s * (1 + 1e-6)])
 
@@ -225,7 +228,15 @@ def _shares(program: Program, lengths: _Lengths, taus: FloatArray, tiers: IntArr
         usable &= ~_dominated(tiers, usable, (device_s, memory, slots))
         c, k = np.nonzero(usable)
         parts.append(
-            (k, c, np.full(len(k), t), device_s[c, k], memory[c, k], slots[c, k], (fixed + least)[c, k])
+            (
+                k,
+                c,
+                np.full(len(k), t),
+                device_s[c, k],
+                memory[c, k],
+                slots[c, k],
+                (fixed + least)[c, k],
+            )
         )
     return _Shares(*(np.concatenate(p) for p in zip(*parts, strict=True)))
 
@@ -294,7 +305,7 @@ def _add_presence(
     """A tier that holds the longest document has at least that document's whole group."""
     degrees = np.array([c.degree for c in program.classes])[shares.group_class]
     share_of_devices = degrees / program.num_devices
-    longest = (shares.length_class < PRES) & (shares.slots == 0) & (share_of_devices >= 0.2)
+    longest = (shares.length_class < _PRESENT) & (shares.slots == 0) & (share_of_devices >= 0.2)
     pair = shares.length_class * (mine.max() + 1) + mine
     for key in np.unique(pair[longest]):
         members = np.flatnonzero(longest & (pair == key))
@@ -302,9 +313,6 @@ def _add_presence(
         part = 2 * num_times + mine[members[0]]
         columns = np.concatenate([members + first_share, [part]]).astype(np.int64)
         rows.add(row, columns, np.concatenate([share_of_devices[members], [-1.0]]))
-
-
-PRES = 2
 
 
 def _add_times(
@@ -335,5 +343,7 @@ def _add_times(
         t = int(key % num_times)
         row = np.repeat(rows.begin(1, 0.0, np.inf), len(members) + 1 + (t > 0))
         columns = np.concatenate([members + first_share, [num_times + t], [t][: t > 0]])
-        values = np.concatenate([-np.maximum(beyond[members], 0), [1.0], [-taus[t] / scale][: t > 0]])
+        values = np.concatenate(
+            [-np.maximum(beyond[members], 0), [1.0], [-taus[t] / scale][: t > 0]]
+        )
         rows.add(row, columns.astype(np.int64), values)

@@ -3,8 +3,8 @@
 From a first arrangement, a step takes out some groups (of one micro-batch whose time is aimed anew,
 or a few anywhere) and puts their documents back one by one where they cost least: seconds that they
 add to their micro-batch, plus the price of the short documents' room that they take. Worse
-arrangements are accepted with a probability that falls to nothing. The work is a number of steps, so
-that the same seed gives the same arrangement.
+arrangements are accepted with a probability that falls to nothing. The work is a number of steps,
+so that the same seed gives the same arrangement.
 """
 
 from __future__ import annotations
@@ -157,14 +157,20 @@ class Search:
             self._keep(
                 draft,
                 m,
-                [g for g in draft.batches[m] if fixed[g.cls] + g.seconds <= limit and choose() > share],
+                [
+                    g
+                    for g in draft.batches[m]
+                    if fixed[g.cls] + g.seconds <= limit and choose() > share
+                ],
                 out,
             )
             draft.times[m] = aim
             if choose() < 0.7:
                 other = int(choose() * count)
                 if other != m:
-                    self._keep(draft, other, [g for g in draft.batches[other] if choose() > 0.3], out)
+                    self._keep(
+                        draft, other, [g for g in draft.batches[other] if choose() > 0.3], out
+                    )
             return out
         for _ in range(2 + int(choose() * 5)):
             m = int(choose() * count)
@@ -252,7 +258,11 @@ class Search:
                 group.tokens + self.fluid.lengths[i],
                 [*group.documents, i],
             )
-            draft.batches[m] = draft.batches[m][:position] + [group] + draft.batches[m][position + 1 :]
+            draft.batches[m] = [
+                *draft.batches[m][:position],
+                group,
+                *draft.batches[m][position + 1 :],
+            ]
         else:
             _, m, cls = opened
             if m == len(draft.batches):
@@ -277,13 +287,12 @@ class Search:
         fixed, slopes, capacity = fluid.fixed, fluid.slope, fluid.capacity
         length, seconds = fluid.lengths[i], fluid.seconds[i]
         best, found = math.inf, None
-        for m, groups in enumerate(draft.batches):
+        for m, everyone in enumerate(draft.batches):
             time_s = draft.times[m]
             first = 0
-            if len(groups) > _WINDOW:
-                first = int(choose() * (len(groups) - _WINDOW))
-                groups = groups[first : first + _WINDOW]
-            for position, group in enumerate(groups, first):
+            if len(everyone) > _WINDOW:
+                first = int(choose() * (len(everyone) - _WINDOW))
+            for position, group in enumerate(everyone[first : first + _WINDOW], first):
                 cls = group.cls
                 room = capacity[cls] - group.tokens
                 if room < length:
@@ -292,7 +301,7 @@ class Search:
                 spare = time_s - fixed[cls] - group.seconds
                 left = spare - seconds[cls]
                 lost = spare * slope
-                if lost > room:
+                if lost > room:  # noqa: PLR1730  (half the time of min)
                     lost = room
                 if left >= 0:
                     kept = left * slope

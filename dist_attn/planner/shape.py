@@ -38,7 +38,7 @@ class ModelShape:
         Raises:
             ConfigError: the checkpoint's config.json cannot be read or lacks a size.
         """
-        shared = {
+        shared: dict[str, Any] = {
             "bytes_per_element": 2 if config.dtype == "bf16" else 4,
             "gradient_checkpointing": config.gradient_checkpointing,
             "loss_chunk_tokens": config.loss_chunk_tokens,
@@ -76,9 +76,10 @@ class ModelShape:
     def activation_bytes_per_token(self) -> int:
         """Memory that one token needs on its rank at the fullest moment of a step.
 
-        A layer keeps its input twice, the inputs of its two norms' successors, queries, keys, values,
-        the attention output, and three tensors of the MLP. With recomputation only the input of every
-        layer stays, and one layer is live twice over (its activations and their gradients).
+        A layer keeps its input twice, the inputs of its two norms' successors, queries, keys,
+        values, the attention output, and three tensors of the MLP. With recomputation only the
+        input of every layer stays, and one layer is live twice over (its activations and their
+        gradients).
         """
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         elements = 4 * self.hidden_size + 2 * q + 2 * kv + 3 * self.intermediate_size
@@ -119,6 +120,6 @@ def _sizes_of_checkpoint(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"model.checkpoint: cannot read the sizes from {path} ({type(error).__name__}: {error}); "
-            f"give a folder that holds a transformers config.json"
+            f"model.checkpoint: cannot read the sizes from {path} "
+            f"({type(error).__name__}: {error}); give a folder with a transformers config.json"
         ) from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from dist_attn.config import PlannerConfig
 from dist_attn.errors import PlanError
@@ -37,7 +39,7 @@ def plan(
     planner: PlannerConfig,
     strategies: Sequence[str] = ("ring", "ulysses"),
     seed: int = 0,
-    effort: Effort = Effort(),  # noqa: B008  (frozen)
+    effort: Effort = Effort(),
 ) -> Plan:
     """Decide micro-batches, groups, strategies and the place of every document of one batch.
 
@@ -109,8 +111,7 @@ def _best_batches(
 ) -> tuple[list[Groups], Search]:
     fluid = Fluid(program, count_long(program))
     search = Search(fluid, seed, program.max_micro_batches, deadline)
-    best: list[Groups] = []
-    best_s = math.inf
+    best, best_s = _one_degree(program, seed, deadline)
     count, aim_s = _start(program, fluid)
     while search.steps < effort.steps * 2 // 3 or not search.steps:
         first = search.start(aim_s, count)
@@ -132,6 +133,36 @@ def _best_batches(
     return best, search
 
 
+def _one_degree(program: Program, seed: int, deadline: float) -> tuple[list[Groups], float]:
+    """The best first arrangement whose groups all have one degree, so that no plan is worse."""
+    best: list[Groups] = []
+    best_s = math.inf
+    degrees = np.array([c.degree for c in program.classes])
+    for degree in sorted(set(degrees.tolist())):
+        rows = np.flatnonzero(degrees == degree)
+        if len(rows) == len(degrees) or not np.isfinite(program.seconds[rows, 0]).any():
+            continue
+        only = replace(
+            program,
+            classes=tuple(program.classes[r] for r in rows),
+            seconds=program.seconds[rows],
+        )
+        fluid = Fluid(only, count_long(only))
+        count, aim_s = _start(only, fluid)
+        first = Search(fluid, seed, program.max_micro_batches, deadline).start(aim_s, count)
+        if first is None:
+            continue
+        batches = pour(fluid, first)
+        total = sum(batch_times(fluid, batches))
+        if len(batches) <= program.max_micro_batches and total < best_s:
+            best, best_s = _renumbered(batches, rows.tolist()), total
+    return best, best_s
+
+
+def _renumbered(batches: list[Groups], classes: list[int]) -> list[Groups]:
+    return [[replace(g, cls=classes[g.cls]) for g in groups] for groups in batches]
+
+
 def _start(program: Program, fluid: Fluid) -> tuple[int, float]:
     """The least number of micro-batches, and the time that each aims at."""
     tokens = int(program.lengths.sum())
@@ -141,7 +172,9 @@ def _start(program: Program, fluid: Fluid) -> tuple[int, float]:
         )
         for pool in range(len(program.nodes))
     }
-    room = sum(tokens_per_device * sum(program.nodes[p]) for p, tokens_per_device in densest.items())
+    room = sum(
+        tokens_per_device * sum(program.nodes[p]) for p, tokens_per_device in densest.items()
+    )
     least = max(1, math.ceil(tokens / max(room, 1)))
     work = sum(
         min(s * d for s, d in zip(seconds, fluid.degree, strict=True) if s < math.inf)
