@@ -181,7 +181,7 @@ class CostModel:
         if kind.degree == 1:
             return np.zeros(len(lengths))
         if kind.strategy == "ulysses":
-            return self._ulysses_s_per_token(kind) * lengths
+            return np.asarray(self._ulysses_s_per_token(kind) * lengths, dtype=np.float64)
         exchange = self._ring_s_per_token(kind) * lengths
         hidden = self.ring_overlap * self._attention_s(kind, lengths) / kind.degree
         return np.asarray(np.maximum(exchange - hidden, 0.0), dtype=np.float64)

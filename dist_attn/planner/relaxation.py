@@ -214,7 +214,8 @@ def _shares(program: Program, lengths: _Lengths, taus: FloatArray, tiers: IntArr
     per_token = np.where(np.isfinite(lengths.least_s_per_token), lengths.least_s_per_token, 0.0)
     device_s = per_token * lengths.tokens * degrees / devices
     plain = lengths.tokens * degrees / capacity / devices
-    lowest_rate = np.maximum(per_token.min(axis=1, where=per_token > 0, initial=np.inf), 0.0)
+    lowest_rate = per_token.min(axis=1, where=per_token > 0, initial=np.inf)
+    lowest_rate = np.where(np.isfinite(lowest_rate), lowest_rate, 1e-300)
     parts = []
     for t in range(len(taus) - 1):
         spare = taus[t + 1] - fixed

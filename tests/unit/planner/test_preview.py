@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from dist_attn.config import Config, PlannerConfig, load_cluster, load_config
+from dist_attn.errors import ConfigError, PlanError
+from dist_attn.planner.command import run_plan_command
+from dist_attn.planner.lengths import read_lengths
+from dist_attn.planner.page import page
+from dist_attn.planner.plan import Plan
+from dist_attn.planner.preview import figure, ranks_text
+from dist_attn.planner.solve import plan
+
+
+@pytest.mark.parametrize("name", ["h100_64", "h100_1024", "a100_64", "mixed_48", "cpu4"])
+def test_described_clusters_load(name):
+    sizes = {"h100_64": 64, "h100_1024": 1024, "a100_64": 64, "mixed_48": 48, "cpu4": 4}
+    assert load_cluster(f"configs/clusters/{name}.yaml").world_size == sizes[name]
+
+
+def test_lengths_from_lines_gzip_and_json(tmp_path):
+    plain, packed, listed = (tmp_path / n for n in ("a.txt", "a.txt.gz", "a.json"))
+    plain.write_text("12\n\n 7 \n0\n")
+    packed.write_bytes(gzip.compress(b"12\n7\n0\n"))
+    listed.write_text("[12, 7, 0]")
+    assert read_lengths(plain) == read_lengths(packed) == read_lengths(listed) == [12, 7, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3\nfour\n", "line 2: .*'four'"),
+        ("3\n-4\n", "line 2: .*'-4'"),
+        ("", "holds no lengths"),
+        ("[1, true]", "entry 1: .*True"),
+        ("[1,", "not valid JSON"),
+        ("[]", "empty list"),
+    ],
+)
+def test_bad_lengths_are_refused_by_line(tmp_path, text, says):
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=says):
+        read_lengths(path)
+    with pytest.raises(PlanError, match="cannot read lengths"):
+        read_lengths(tmp_path / "none.txt")
+
+
+def test_the_command_prints_80_columns_and_writes_files(tmp_path):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("\n".join(["100000", "40000", *["900"] * 60]))
+    config = load_config("configs/128k.yaml", ["planner.max_tokens_per_device=4096"])
+    screen = io.StringIO()
+    out = tmp_path / "out"
+    found = run_plan_command(config, lengths, out, Console(file=screen, width=80))
+    text = screen.getvalue()
+    assert max(len(line) for line in text.splitlines() if "plan.json" not in line) <= 80
+    assert "best static degree" in text
+    assert "lower bound" in text
+    assert Plan.load(out / "plan.json") == found
+    assert (out / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    html = (out / "plan.html").read_text()
+    assert not re.search(r"(src|href)\s*=|https?://", html)
+
+
+def test_auto_cluster_is_refused_and_nothing_is_written(tmp_path):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("10\n")
+    with pytest.raises(ConfigError, match="cluster is 'auto'"):
+        run_plan_command(Config(), lengths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_holds_every_group(four):
+    cluster, cost = four
+    found = plan([8000, 100, 2000, 30], cluster, cost, PlannerConfig())
+    text = page(found)
+    data = json.loads(re.search(r"const groups=(\[.*?\]);\n", text).group(1))
+    assert sum(g["t"] for g in data) == 10130
+    assert len(data) == sum(len(m.groups) for m in found.micro_batches)
+    assert text.count('class="g"') >= len(data)
+
+
+def test_the_figure_has_a_block_per_group(four):
+    cluster, cost = four
+    found = plan([8000, 100, 2000, 30], cluster, cost, PlannerConfig())
+    axes = figure(found).axes[0]
+    groups = sum(len(m.groups) for m in found.micro_batches)
+    # One hatched background per micro-batch and at least one block per group.
+    assert len(axes.patches) >= groups + len(found.micro_batches)
+    assert axes.get_xlim()[1] == pytest.approx(found.predicted_s)
+
+
+def test_ranks_as_intervals():
+    assert ranks_text((0, 1, 2, 5, 7, 6)) == "0-2,5-7"
+    assert ranks_text((3,)) == "3"
