@@ -1,8 +1,8 @@
 """The run configuration: YAML into typed, validated classes, with every cross-field check.
 
 `load_config` is the only entrance. A wrong key, type or combination raises `ConfigError` that
-names the key path, what was given and what is allowed. Nothing here imports torch, so that a configuration
-is refused before any rank starts work.
+names the key path, what was given and what is allowed. Nothing here imports torch, so that a
+configuration is refused before any rank starts work.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def vocab_parallel_linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of `hidden @ weight.T`, rows of `weight` on all ranks.
 
-    As `dist_attn_kernels.linear_cross_entropy`, gradients are computed chunk by chunk with the loss.
+    Gradients are computed chunk by chunk with the loss, as in `linear_cross_entropy`.
 
     Args:
         hidden_LC: hidden states [L, C], the same on every rank of the group.
@@ -82,7 +82,7 @@ class _VocabParallel(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)

@@ -78,7 +78,7 @@ class ShardedOptimizer:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Sharding`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if last:
             for flat in self._flats:
                 flat.reduce()
@@ -254,7 +254,7 @@ class DistributedOptimizer:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Sharding`."""
         with nullcontext() if last else self._buffers.no_sync():
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if last:
             self._buffers.finish_grad_sync()
 
