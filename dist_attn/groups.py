@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from dist_attn.errors import PlanError
@@ -58,6 +59,7 @@ class GroupPool:
             raise PlanError(f"a pool of groups needs room for one at least, got {capacity}")
         self.capacity = capacity
         self._groups: OrderedDict[tuple[int, ...], dist.ProcessGroup] = OrderedDict()
+        self._met = False
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -78,6 +80,9 @@ class GroupPool:
                 f"{len(wanted)} groups are wanted at a time but the pool holds {self.capacity}; "
                 f"ensure those of one micro-batch at a time, or raise the pool's capacity"
             )
+        if not self._met and dist.is_initialized():
+            _connect(dist.group.WORLD)
+            self._met = True
         for ranks in wanted:
             if ranks in self._groups:
                 self._groups.move_to_end(ranks)
@@ -88,6 +93,7 @@ class GroupPool:
                 _, oldest = self._groups.popitem(last=False)
                 _destroy(oldest)
             self._groups[ranks] = dist.new_group(list(ranks))
+            _connect(self._groups[ranks])
 
     def get(self, ranks: Iterable[int], inner_size: int | None = None) -> CommGroup:
         """Look up the group of `ranks`, of which the calling rank must be one.
@@ -159,6 +165,19 @@ def _counts(ranks: tuple[int, ...]) -> bool:
     return 1 < len(ranks) < dist.get_world_size()
 
 
+def _connect(group: dist.ProcessGroup | None) -> None:
+    """Have all members of a NCCL group meet once.
+
+    NCCL connects at a group's first call, for which all members must be there; later, a step of a
+    ring may concern some of them only.
+    """
+    if group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+
 def _destroy(group: dist.ProcessGroup) -> None:
-    if group is not dist.GroupMember.NON_GROUP_MEMBER:
-        dist.destroy_process_group(group)
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    if dist.get_backend(group) == "nccl":
+        torch.cuda.synchronize()  # its last messages may still be under way
+    dist.destroy_process_group(group)

@@ -8,7 +8,6 @@ all documents at once. For zigzag and contiguous layouts that is one call.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,14 +76,21 @@ def _staircases(
     corner = first_key + keys
     triangles_q = np.stack([starts, ends], 1)[diagonal]
     triangles_k = np.stack([corner, corner + ends - starts], 1)[diagonal]
-    levels: dict[int, list[Row]] = {}
-    for steps in _by_document(document):
-        reach = corner[steps].tolist()
+    levels: dict[int, list[Row]] = {0: []}
+    first_step = np.flatnonzero(np.diff(document, prepend=-1))
+    num_steps = np.diff(first_step, append=len(document))
+    for first, count in zip(first_step[num_steps > 1], num_steps[num_steps > 1], strict=True):
+        steps = slice(first, first + count)
         bounds = [*starts[steps].tolist(), int(ends[steps][-1])]
-        _cut(bounds, reach, int(first_key[steps][0]), 0, levels)
+        _cut(bounds, corner[steps].tolist(), int(first_key[first]), 0, levels)
+    single = first_step[num_steps == 1]
+    single = single[corner[single] > first_key[single]]
+    rectangles = np.stack([starts[single], ends[single], first_key[single], corner[single]], axis=1)
     pieces: list[tuple[IntArray, IntArray, bool]] = [(triangles_q, triangles_k, True)]
     for level in sorted(levels):
-        rows = np.array(levels[level], dtype=np.int64)
+        rows = np.array(levels[level], dtype=np.int64).reshape(-1, 4)
+        if level == 0:
+            rows = np.concatenate([rectangles, rows])
         pieces.append((rows[:, :2], rows[:, 2:], False))
     return _calls(pieces)
 
@@ -94,31 +100,20 @@ def _steps(document: IntArray, visible: IntArray) -> tuple[IntArray, IntArray, n
 
     Returns the first query and the end of each step, and whether it rises.
     """
-    rise = np.diff(visible)
-    rise[np.diff(document) != 0] = -1
-    # A query opens a step unless it goes on as the one before it did: level after level, or one
-    # more after one more. A single level query before a rise belongs to the rise.
-    opens = np.ones(len(visible), dtype=bool)
-    opens[1:] = (rise != 0) & (rise != 1)
-    kind = np.full(len(visible), -1)
-    kind[1:] = rise
-    changes = np.zeros(len(visible), dtype=bool)
-    changes[2:] = (kind[2:] != kind[1:-1]) & ~opens[2:] & ~opens[1:-1]
-    # At a change the query before already belongs to the old step, so a new step starts here; a
-    # rise after level queries starts with one query less, which changes nothing in what is covered.
-    opens |= changes
+    rise = np.full(len(visible), -1)
+    rise[1:] = np.diff(visible)
+    rise[1:][np.diff(document) != 0] = -1
+    # A query opens a step at a new document or a jump, and where level turns into rising by one or
+    # back. Right behind a jump both go on.
+    jumps = (rise != 0) & (rise != 1)
+    opens = jumps.copy()
+    opens[2:] |= (rise[2:] != rise[1:-1]) & ~jumps[1:-1]
     starts = np.flatnonzero(opens)
     ends = np.append(starts[1:], len(visible))
     long = ends - starts > 1
     diagonal = np.zeros(len(starts), dtype=bool)
     diagonal[long] = visible[starts[long] + 1] - visible[starts[long]] == 1
     return starts, ends, diagonal
-
-
-def _by_document(document: IntArray) -> list[slice]:
-    cuts = np.flatnonzero(np.diff(document)) + 1
-    bounds = [0, *cuts.tolist(), len(document)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def _cut(

@@ -1,7 +1,7 @@
 """A step under any mask: only the tiles that the mask touches are computed.
 
-On a GPU the block-sparse kernels run; elsewhere, for float64 and odd head dimensions, plain torch operations do, a row
-of tiles at a time.
+On a GPU the block-sparse kernels run; elsewhere, and for float64 and odd head dimensions, plain
+torch operations do, a row of tiles at a time.
 """
 
 from __future__ import annotations
