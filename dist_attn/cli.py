@@ -1,4 +1,4 @@
-"""The command line: `dist-attn train`, `plan`, `export`. Arguments and exit codes, nothing else."""
+"""The command line, `dist-attn COMMAND`: arguments and exit codes, nothing else."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_attn.config import load_config
-from dist_attn.errors import ConfigError, UserError
-
-USER_ERROR_EXIT = 2
+from dist_attn.errors import (
+    NODE_ERROR_EXIT,
+    STOPPED_EXIT,
+    USER_ERROR_EXIT,
+    ConfigError,
+    NodeError,
+    Stopped,
+    UserError,
+)
+from dist_attn.training.slurm import adopt_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done. 2: the input is at fault, one message says how. Anything else: the program is.
+    0: done. 2: the input is at fault. 69: a machine is. 75: stopped when asked to, start again with
+    --resume. In these cases one message says how. Anything else: the program is at fault.
     """
     parsed = _parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
@@ -29,11 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = parsed.run
         return run(parsed)
-    except UserError as error:
-        # Every rank raises the same refusal; one of them says it.
+    except (UserError, Stopped) as error:
+        # Every rank raises the same; one of them says it.
+        stopped = isinstance(error, Stopped)
         if rank == 0:
-            sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR_EXIT
+            sys.stderr.write(f"{error}\n" if stopped else f"error: {error}\n")
+        return STOPPED_EXIT if stopped else USER_ERROR_EXIT
+    except NodeError as error:
+        sys.stderr.write(f"[rank {rank}] error: {error}\n")
+        return NODE_ERROR_EXIT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,10 +64,30 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="latest",
         metavar="CHECKPOINT",
-        help="continue from the newest checkpoint of the run folder, or from the one named",
+        help="continue from the newest checkpoint of the run folder, or from the one named; `auto` "
+        "begins where there is none yet, for jobs that are started again by themselves",
     )
-    train.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start")
+    _add_ranks(train)
     train.set_defaults(run=_train)
+
+    preflight = commands.add_parser(
+        "preflight",
+        help="check every node before a training, and name the bad ones",
+        description="Started like `train`, on the same nodes: devices, versions, configuration, "
+        "disk, clocks and bandwidth. Exit code 69 and a line `bad nodes: ...` if any is unfit.",
+    )
+    _add_config(preflight)
+    _add_ranks(preflight)
+    preflight.add_argument("--min-free-gib", type=float, default=20.0, metavar="GIB")
+    preflight.add_argument("--max-clock-offset-s", type=float, default=1.0, metavar="S")
+    preflight.add_argument(
+        "--min-bandwidth-share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of what the cluster description promises",
+    )
+    preflight.set_defaults(run=_preflight)
 
     export = commands.add_parser(
         "export",
@@ -93,20 +125,49 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start per node")
+
+
+def _is_rank(parsed: argparse.Namespace) -> bool:
+    """Whether torchrun or srun made this process a rank; else it starts the ranks of its node."""
+    if parsed.nproc_per_node is None:
+        return "RANK" in os.environ or adopt_task(os.environ)
+    if "RANK" in os.environ:
+        raise ConfigError("--nproc-per-node goes to torchrun when torchrun starts the ranks")
+    return False
+
+
+def _launch(command: str, parsed: argparse.Namespace, *more: str) -> int:
+    from dist_attn.training.launcher import launch, ranks_per_node
+    from dist_attn.training.slurm import place_of_node
+
+    node = place_of_node(os.environ) if parsed.nproc_per_node is not None else None
+    overrides = [part for item in parsed.set for part in ("--set", item)]
+    arguments = [command, "--cfg", parsed.cfg, *overrides, *more]
+    return launch(arguments, ranks_per_node(parsed.nproc_per_node), node)
+
+
 def _train(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.cfg, parsed.set)
-    if "RANK" not in os.environ:
-        from dist_attn.training.launcher import launch, ranks_per_node
-
-        arguments = ["--cfg", parsed.cfg]
-        arguments += [part for item in parsed.set for part in ("--set", item)]
-        arguments += ["--resume", parsed.resume] if parsed.resume is not None else []
-        return launch(arguments, ranks_per_node(parsed.nproc_per_node))
-    if parsed.nproc_per_node is not None:
-        raise ConfigError("--nproc-per-node goes to torchrun when torchrun starts the ranks")
+    if not _is_rank(parsed):
+        resume = ["--resume", parsed.resume] if parsed.resume is not None else []
+        return _launch("train", parsed, *resume)
     from dist_attn.training.loop import train
 
     train(config, parsed.resume)
+    return 0
+
+
+def _preflight(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.cfg, parsed.set)
+    limits = ("min_free_gib", "max_clock_offset_s", "min_bandwidth_share")
+    if not _is_rank(parsed):
+        more = [(f"--{k.replace('_', '-')}", str(getattr(parsed, k))) for k in limits]
+        return _launch("preflight", parsed, *(part for pair in more for part in pair))
+    from dist_attn.training.preflight import Limits, preflight
+
+    preflight(config, Limits(**{k: getattr(parsed, k) for k in limits}))
     return 0
 
 

@@ -154,6 +154,8 @@ class PlannerConfig(_Section):
     #: devices that it names (`{cpu: 2048}`).
     max_tokens_per_device: Positive | dict[str, Positive] | None = None
     time_limit_s: PositiveFloat = 5.0
+    #: A solver that is silent for so long, or dies, is replaced once; then the run ends.
+    give_up_s: PositiveFloat = 120.0
     #: A folder of plan files (step-000000.json, ...) to carry out instead of solving.
     plans_dir: str | None = None
 

@@ -1,4 +1,9 @@
-"""The one exception that means: the input is at fault, not the program."""
+"""Exceptions that mean: not the program is at fault, but the input, a machine, or nobody."""
+
+#: Exit codes of commands, the last two as sysexits.h has them (EX_UNAVAILABLE, EX_TEMPFAIL).
+USER_ERROR_EXIT = 2
+NODE_ERROR_EXIT = 69
+STOPPED_EXIT = 75
 
 
 class UserError(ValueError):
@@ -23,3 +28,17 @@ class PlanError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged or does not fit the run."""
+
+
+class NodeError(RuntimeError):
+    """A machine at fault: a rank that never came, no longer answers, or a node unfit to train.
+
+    Its text names them. Commands print it without a traceback and end with exit code 69.
+    """
+
+
+class Stopped(Exception):  # noqa: N818
+    """A run that ended early because it was asked to; its checkpoint is written.
+
+    Commands end with exit code 75: start the same command again with --resume.
+    """

@@ -96,6 +96,11 @@ def save_checkpoint(
     return final
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether any checkpoint was completed there."""
+    return (folder / LATEST).is_file()
+
+
 def find_checkpoint(folder: Path, wanted: str) -> Path:
     """The checkpoint to resume from: `latest`, or the path or name of one.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from dist_attn.config import Config, EngineConfig
 from dist_attn.data import BatchSampler, Corpus, SamplerPosition
 from dist_attn.data.indexed import IntArray
+from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model
@@ -18,6 +21,7 @@ from dist_attn.planner.plan import Plan
 from dist_attn.training.checkpoint import (
     TrainState,
     find_checkpoint,
+    has_checkpoint,
     load_checkpoint,
     read_state,
     save_checkpoint,
@@ -42,6 +46,23 @@ from dist_attn.training.setup import (
     run_identity,
 )
 from dist_attn.training.step import StepResult, StepRunner
+from dist_attn.training.stop import StopRequest
+
+logger = logging.getLogger(__name__)
+
+#: `--resume auto`: go on if there is something to go on from, else begin.
+RESUME_IF_BEGUN = "auto"
+
+
+@dataclass(frozen=True)
+class _RankReport:
+    """What one rank tells the others after a step."""
+
+    seconds: float
+    result: StepResult
+    memory_gib: float
+    #: A stop signal that came to this rank.
+    stop: str | None
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -49,24 +70,35 @@ def train(config: Config, resume: str | None = None) -> None:
 
     Args:
         config: as read; what is `auto` is decided here.
-        resume: `latest`, or the name or path of a checkpoint; None for a new run.
+        resume: `latest`, or the name or path of a checkpoint; None for a new run; `auto` for the
+            newest checkpoint if there is one, else a new run.
 
     Raises:
         UserError: on every rank alike, when the input is at fault.
+        Stopped: on every rank alike, after SIGTERM or SIGUSR1 came to any and a checkpoint was
+            written.
 
     Collective: by all ranks; the process group is made from the environment and ended.
     """
-    config = config.on(choose_device(config.run.device, 0).type)
-    runtime = start_runtime(config.run)
-    try:
-        run_training(config, resume, runtime)
-    finally:
-        dist.destroy_process_group()
+    with StopRequest() as stop:
+        config = config.on(choose_device(config.run.device, 0).type)
+        runtime = start_runtime(config.run)
+        try:
+            run_training(config, resume, runtime, stop)
+        finally:
+            dist.destroy_process_group()
 
 
-def run_training(config: Config, resume: str | None, runtime: Runtime) -> None:
+def run_training(
+    config: Config, resume: str | None, runtime: Runtime, stop: StopRequest | None = None
+) -> None:
     """Run or continue the training on a process group that exists; see `train`."""
     folder = RunFolder(Path(config.run.dir))
+    begun = False
+    if resume == RESUME_IF_BEGUN:
+        begun, resume = runtime.broadcast(_what_is_there(folder))
+        if resume and _is_done(folder, config, runtime):
+            return
     corpus = open_corpus_on_every_rank(config, runtime)
     problem = planning_problem(config, corpus, runtime)
     with runtime.together():
@@ -74,22 +106,22 @@ def run_training(config: Config, resume: str | None, runtime: Runtime) -> None:
     state = TrainState(0, 0, 0, 0, run_identity(config, corpus))
     checkpoint = None
     with runtime.together():
-        if resume is None:
+        if resume is None and not begun:
             folder.check_free()
-        else:
+        elif resume is not None:
             checkpoint = find_checkpoint(folder.checkpoints, resume)
             saved = read_state(checkpoint)
             check_identity(checkpoint, saved.identity, state.identity)
             check_steps_left(checkpoint, saved.step, config.run.steps)
             state = saved
     with contextlib.closing(PlanSource(problem, runtime, folder.plans)) as plans:
-        run = _Run(config, runtime, folder, corpus, plans)
+        run = _Run(config, runtime, folder, corpus, plans, stop or StopRequest())
         # The first plan is solved while the model is built.
         run.prepare(state)
         run.build(checkpoint)
         with runtime.together():
             if runtime.is_main:
-                if checkpoint is None:
+                if checkpoint is None and not begun:
                     folder.create(config)
                 else:
                     folder.reopen(config, state.step)
@@ -99,6 +131,20 @@ def run_training(config: Config, resume: str | None, runtime: Runtime) -> None:
             run.go(state)
         finally:
             run.close()
+
+
+def _what_is_there(folder: RunFolder) -> tuple[bool, str | None]:
+    """Whether a run began in the folder, and the checkpoint to go on from."""
+    there = has_checkpoint(folder.checkpoints)
+    return folder.metrics.is_file(), "latest" if there else None
+
+
+def _is_done(folder: RunFolder, config: Config, runtime: Runtime) -> bool:
+    with runtime.together():
+        done = read_state(find_checkpoint(folder.checkpoints, "latest")).step
+    if runtime.is_main and done >= config.run.steps:
+        logger.info("%s: all of run.steps (%d) are done", folder.path, config.run.steps)
+    return done >= config.run.steps
 
 
 class _Run:
@@ -111,8 +157,10 @@ class _Run:
         folder: RunFolder,
         corpus: Corpus,
         plans: PlanSource,
+        stop: StopRequest,
     ) -> None:
         self._config = config
+        self._stop = stop
         self._runtime = runtime
         self._folder = folder
         self._corpus = corpus
@@ -182,7 +230,8 @@ class _Run:
             result = self._runner.accumulate(plan, ids)
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
             norm = self._engine.step(lr)
-            metrics = self._metrics(step, plan, result, begun, waited_s, lr, norm)
+            reports = self._exchange(time.perf_counter() - begun, result)
+            metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
             if reporter is not None:
                 reporter.step(metrics, plan)
             state = TrainState(
@@ -190,31 +239,35 @@ class _Run:
                 state.tokens + metrics.tokens, state.identity,
             )  # fmt: skip
             ids, following = next_ids, after
-            self._checkpoint(state, reporter)
+            stop = next((r.stop for r in reports if r.stop), None)
+            path = self._checkpoint(state, reporter, stopping=stop is not None)
+            if stop is not None and state.step < self._config.run.steps:
+                raise Stopped(f"stopped by {stop} after step {step}; --resume goes on from {path}")
 
     def _lengths(self, ids: IntArray) -> tuple[int, ...]:
         return tuple(int(n) for n in self._corpus.lengths[ids])
+
+    def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
+        memory = memory_gib(self._runtime.device)
+        mine = _RankReport(seconds, result, memory, self._stop.signal_name)
+        return self._runtime.gather(mine)
 
     def _metrics(
         self,
         step: int,
         plan: Plan,
-        result: StepResult,
-        begun: float,
+        reports: list[_RankReport],
         waited_s: float,
         lr: float,
         norm: float,
     ) -> StepMetrics:
-        device = self._runtime.device
-        mine = (time.perf_counter() - begun, result, memory_gib(device))
-        everyone: list[tuple[float, StepResult, float]] = self._runtime.gather(mine)
-        seconds = max(s for s, _, _ in everyone)
+        seconds = max(r.seconds for r in reports)
         # Neighbours that hold one model between them have the same tokens.
-        padding = sum(r.padding for _, r, _ in everyone[:: self._tensor_parallel_degree])
+        padding = sum(r.result.padding for r in reports[:: self._tensor_parallel_degree])
         tokens = sum(plan.lengths)
         return StepMetrics(
             step=step,
-            loss=result.loss,
+            loss=reports[0].result.loss,
             lr=lr,
             grad_norm=norm,
             documents=len(plan.lengths),
@@ -225,24 +278,27 @@ class _Run:
             plan_wait_s=waited_s,
             plan_solve_s=plan.solver.seconds,
             plan_gap=plan.gap,
-            imbalance=imbalance([r.forward_s for _, r, _ in everyone]),
+            imbalance=imbalance([r.result.forward_s for r in reports]),
             padding_share=padding / (tokens + padding),
-            memory_gib=max(m for _, _, m in everyone),
+            memory_gib=max(r.memory_gib for r in reports),
             micro_batches=len(plan.micro_batches),
             groups=describe_groups(plan),
         )
 
-    def _checkpoint(self, state: TrainState, reporter: Reporter | None) -> None:
+    def _checkpoint(
+        self, state: TrainState, reporter: Reporter | None, *, stopping: bool
+    ) -> Path | None:
         config = self._config.checkpoint
         due = config.every_steps and state.step % config.every_steps == 0
         at_end = config.at_end and state.step == self._config.run.steps
-        if not (due or at_end):
-            return
+        if not (due or at_end or stopping):
+            return None
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
         )
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
+        return path
 
 
 def _describe(engine: EngineConfig) -> str:

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
-from dist_attn.config import PlannerConfig
 from dist_attn.errors import PlanError
-from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import CostModel
 from dist_attn.planner.plan import Plan
-from dist_attn.planner.solve import plan
+from dist_attn.planner.problem import PlanningProblem
+from dist_attn.planner.solver_process import SolverProcess
 from dist_attn.training.runtime import Runtime
+from dist_attn.training.stop import shielded
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PlanningProblem:
-    """All that a plan depends on besides the lengths."""
-
-    cluster: Cluster
-    cost: CostModel
-    config: PlannerConfig
-    strategies: tuple[str, ...]
-    seed: int
-
-    def solve(self, lengths: tuple[int, ...]) -> Plan:
-        """Plan one batch; runs in a process without torch."""
-        return plan(
-            lengths,
-            self.cluster,
-            self.cost,
-            self.config,
-            strategies=self.strategies,
-            seed=self.seed,
-        )
 
 
 class PlanSource:
@@ -56,8 +29,8 @@ class PlanSource:
         self._runtime = runtime
         self._folder = folder
         self._given = Path(problem.config.plans_dir) if problem.config.plans_dir else None
-        self._pending: dict[int, tuple[tuple[int, ...], Future[Plan]]] = {}
-        self._pool: ProcessPoolExecutor | None = None
+        self._pending: dict[int, tuple[int, ...]] = {}
+        self._solver = SolverProcess(problem, problem.config.give_up_s)
 
     def prepare(self, step: int, lengths: tuple[int, ...]) -> None:
         """Begin to solve a coming step, unless its plan is there already. Rank 0 works."""
@@ -65,11 +38,9 @@ class PlanSource:
             return
         if self._kept(step, lengths) is not None:
             return
-        if self._pool is None:
-            # Forked from a fresh server: the solver's process holds neither torch nor a GPU.
-            context = multiprocessing.get_context("forkserver")
-            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=context)
-        self._pending[step] = (lengths, self._pool.submit(self._problem.solve, lengths))
+        self._pending[step] = lengths
+        with shielded():
+            self._solver.submit(lengths)
 
     def take(self, step: int, lengths: tuple[int, ...]) -> tuple[Plan, float]:
         """The plan of a step, and the seconds that this rank waited for it.
@@ -91,8 +62,7 @@ class PlanSource:
 
     def close(self) -> None:
         """End the solver's process."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._solver.close()
 
     def _take(self, step: int, lengths: tuple[int, ...]) -> Plan:
         if self._given is not None:
@@ -101,15 +71,9 @@ class PlanSource:
         if kept is not None:
             return kept
         self.prepare(step, lengths)
-        asked, future = self._pending.pop(step)
-        assert asked == lengths, "a plan was prepared for another batch"
-        try:
-            result = future.result()
-        except BrokenProcessPool:
-            raise PlanError(
-                f"the planner's process ended while it solved step {step} ({len(lengths)} "
-                f"documents); if the machine ran out of memory, lower data.batch"
-            ) from None
+        assert self._pending.pop(step) == lengths, "a plan was prepared for another batch"
+        with shielded():
+            result = self._solver.take(lengths)
         result.save(self._folder / _name(step))
         return result
 

@@ -14,9 +14,9 @@ from dist_attn.data import Corpus, open_corpus
 from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.problem import PlanningProblem
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
-from dist_attn.training.planning import PlanningProblem
 from dist_attn.training.runtime import Runtime
 
 #: Change how the model is computed, not what it is.

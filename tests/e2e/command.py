@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def run(*arguments: str | Path, timeout_s: float = 200.0) -> subprocess.Complete
             f"not done after {timeout_s} s:\n{out[-3000:]}\n{err[-3000:]}"
         ) from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for_steps(process: subprocess.Popen[str], run_folder: Path, steps: int) -> None:
+    """Return as soon as a run that was started has recorded so many steps."""
+    metrics = run_folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline, "the steps never came"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def losses(run_folder: Path) -> list[float]:
