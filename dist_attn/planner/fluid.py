@@ -12,6 +12,7 @@ room of a micro-batch is concave in T from there on.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,7 +79,7 @@ class Fluid:
         self.slope = [1 / r if 0 < r < math.inf else 0.0 for r in self.rate]
         self.pool_sizes = [sum(nodes) for nodes in program.nodes]
         self.fillers = [self._filler(p) for p in range(len(self.pool_sizes))]
-        self.options = [self._options(i) for i in range(num_long)]
+        self.options = self.options_among(range(len(classes)))
         self.empty = self.profile([])
         self.default_price = -1 / min(self.empty.segments)[0] if self.empty.segments else 0.0
 
@@ -87,10 +88,16 @@ class Fluid:
         own = [c for c, p in enumerate(self.pool) if p == pool and self.slope[c] > 0]
         return min(own, key=lambda c: (self.degree[c] * self.rate[c], self.degree[c]), default=-1)
 
-    def _options(self, i: int, most: int = 8) -> list[int]:
-        """Classes worth opening for a document: no other is both quicker and cheaper."""
+    def options_among(self, classes: Collection[int]) -> list[list[int]]:
+        """For each long document, the classes worth opening (of all, where none of these fits)."""
+        everything = range(len(self.degree))
+        found = [self._options(i, classes) for i in range(self.num_long)]
+        return [o or self._options(i, everything) for i, o in enumerate(found)]
+
+    def _options(self, i: int, classes: Collection[int], most: int = 8) -> list[int]:
+        """Classes of which no other is both quicker and cheaper."""
         seconds = self.seconds[i]
-        fitting = [c for c, s in enumerate(seconds) if s < math.inf]
+        fitting = [c for c in classes if seconds[c] < math.inf]
         by_work = sorted(fitting, key=lambda c: (seconds[c] * self.degree[c], self.degree[c]))
         kept: list[int] = []
         for c in by_work:

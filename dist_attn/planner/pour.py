@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from dist_attn.planner.fluid import Fluid, Groups, OpenGroup
 from dist_attn.planner.search import Arrangement
 
+#: Where memory is the limit, time is left for at least so many times the tokens; both are tried.
+_SLACKS = (1.0, 1.1)
+
 
 @dataclass(slots=True)
 class _Vessel:
@@ -29,19 +32,21 @@ def pour(fluid: Fluid, arrangement: Arrangement, steps: int = 7) -> list[Groups]
     batches = list(arrangement.batches)
     found = None
     while found is None:
-        found = _fill(fluid, batches, times, 2.0)
+        found = _fill(fluid, batches, times, 2.0, 1.0)
         if found is None:
             batches.append([])
             times.append(max(times))
-    low, high = 0.0, 1.0
-    for _ in range(steps):
-        # Shortfalls are mostly well below a hundredth: halve on a scale that is fine near zero.
-        middle = (low + high) / 2
-        trial = _fill(fluid, batches, times, 1 + middle**3)
-        if trial is None:
-            low = middle
-        else:
-            found, high = trial, middle
+    high = 1.0
+    for slack in _SLACKS:
+        low = 0.0
+        for _ in range(steps):
+            # Shortfalls are mostly well below a hundredth: bisect on a scale that is fine there.
+            middle = (low + high) / 2
+            trial = _fill(fluid, batches, times, 1 + middle**3, slack)
+            if trial is None:
+                low = middle
+            else:
+                found, high = trial, middle
     return found
 
 
@@ -51,12 +56,13 @@ def batch_times(fluid: Fluid, batches: list[Groups]) -> list[float]:
 
 
 def _fill(
-    fluid: Fluid, batches: list[Groups], times: list[float], factor: float
+    fluid: Fluid, batches: list[Groups], times: list[float], factor: float, slack: float
 ) -> list[Groups] | None:
     """Place every short document within stretched times, or return None.
 
-    Longest first. Groups that memory limits are filled first: there a long document's extra seconds
-    cost nothing, while the shortest documents go where time is what counts.
+    Longest first. Groups that memory limits (their time would hold `slack` times the tokens) are
+    filled first: there a long document's extra seconds cost nothing, while the shortest documents
+    go where time is what counts.
     """
     filled: list[Groups] = []
     vessels: list[_Vessel] = []
@@ -70,7 +76,7 @@ def _fill(
             if left >= 0:
                 room = fluid.capacity[group.cls] - group.tokens
                 vessels.append(_Vessel(group, left, room))
-    if not _distribute(fluid, vessels):
+    if not _distribute(fluid, vessels, slack):
         return None
     return [[g for g in groups if g.documents] for groups in filled]
 
@@ -84,13 +90,13 @@ def _open_fillers(fluid: Fluid, groups: Groups) -> None:
                 groups.append(OpenGroup(filler, 0.0, 0))
 
 
-def _distribute(fluid: Fluid, vessels: list[_Vessel]) -> bool:
+def _distribute(fluid: Fluid, vessels: list[_Vessel], slack: float) -> bool:
     by_tokens: list[tuple[float, int]] = []
     by_time: list[tuple[float, int]] = []
     for v, vessel in enumerate(vessels):
         rate = fluid.rate[vessel.group.cls]
         reach = vessel.seconds_left / rate if rate > 0 else math.inf
-        if vessel.tokens_left <= reach:
+        if vessel.tokens_left * slack <= reach:
             by_tokens.append((-vessel.tokens_left, v))
         else:
             by_time.append((-reach, v))

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 from dist_attn.planner.fluid import Fluid, Groups, OpenGroup, Profile, Score
 
-#: Groups of one micro-batch that an insertion looks at; of more, a random run of them.
-_WINDOW = 96
+#: Open groups that an insertion looks at, shared among the micro-batches; of more, a random run.
+_LOOKED_AT = 320
+#: Groups that a ruin takes out of one micro-batch, on average at the most.
+_RUINED = 10
 
 
 @dataclass(slots=True)
@@ -151,7 +153,8 @@ class Search:
         m = int(choose() * count)
         if choose() < 0.5 and draft.batches[m]:
             aim = self._aim(draft, m)
-            share = 0.5 if aim > draft.times[m] else 0.3
+            most = _RUINED / len(draft.batches[m])
+            share = min(0.5 if aim > draft.times[m] else 0.3, most)
             limit = aim * 1.0001
             fixed = self.fluid.fixed
             self._keep(
@@ -168,8 +171,9 @@ class Search:
             if choose() < 0.7:
                 other = int(choose() * count)
                 if other != m:
+                    fewer = min(0.3, _RUINED / max(len(draft.batches[other]), 1))
                     self._keep(
-                        draft, other, [g for g in draft.batches[other] if choose() > 0.3], out
+                        draft, other, [g for g in draft.batches[other] if choose() > fewer], out
                     )
             return out
         for _ in range(2 + int(choose() * 5)):
@@ -287,12 +291,13 @@ class Search:
         fixed, slopes, capacity = fluid.fixed, fluid.slope, fluid.capacity
         length, seconds = fluid.lengths[i], fluid.seconds[i]
         best, found = math.inf, None
+        window = max(_LOOKED_AT // len(draft.batches), 16)
         for m, everyone in enumerate(draft.batches):
             time_s = draft.times[m]
             first = 0
-            if len(everyone) > _WINDOW:
-                first = int(choose() * (len(everyone) - _WINDOW))
-            for position, group in enumerate(everyone[first : first + _WINDOW], first):
+            if len(everyone) > window:
+                first = int(choose() * (len(everyone) - window))
+            for position, group in enumerate(everyone[first : first + window], first):
                 cls = group.cls
                 room = capacity[cls] - group.tokens
                 if room < length:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dist_attn.config import PlannerConfig
-from dist_attn.errors import PlanError
+from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.bounds import lower_bound
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import Costs
@@ -101,7 +101,7 @@ def static_plan(
         rules = planner.model_copy(update={"mode": "static", "static_degree": degree})
         try:
             plans.append(plan(lengths, cluster, cost, rules, strategies, seed, Effort(200, 0)))
-        except PlanError:
+        except (ConfigError, PlanError):
             continue
     return min(plans, key=lambda p: p.predicted_s, default=None)
 
@@ -113,11 +113,20 @@ def _best_batches(
     search = Search(fluid, seed, program.max_micro_batches, deadline)
     best, best_s = _one_degree(program, seed, deadline)
     count, aim_s = _start(program, fluid)
-    while search.steps < effort.steps * 2 // 3 or not search.steps:
+    # A step costs more where there are more groups.
+    steps = max(min(effort.steps, effort.steps * 500 // max(fluid.num_long, 1)), 1)
+    every = fluid.options
+    few = fluid.options_among([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
+    while search.steps < steps * 2 // 3 or not search.steps:
+        # Degrees of all sizes refine what powers of two, which tile the nodes, have arranged.
+        fluid.options = few
         first = search.start(aim_s, count)
         if first is None:
             break
-        found = search.run(first, effort.steps - search.steps)
+        found = search.run(first, steps - search.steps)
+        if few != every:
+            fluid.options = every
+            found = search.run(found, steps)
         batches = pour(fluid, found)
         total = sum(batch_times(fluid, batches))
         if len(batches) <= program.max_micro_batches and total < best_s:
