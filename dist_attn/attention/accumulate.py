@@ -12,6 +12,12 @@ from torch import Tensor
 from dist_attn.layout import IntArray
 
 
+@functools.lru_cache(maxsize=256)
+def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as an int64 tensor, made once: heads are picked in every layer."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float32 for 16-bit and float32 inputs, float64 for float64 ones."""
     return torch.promote_types(dtype, torch.float32)

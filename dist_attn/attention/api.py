@@ -14,6 +14,7 @@ from dist_attn.attention.context import AttentionContext
 from dist_attn.attention.dispatch import Place, choose_strategy, make_call
 from dist_attn.attention.strategy import Call, Strategy
 from dist_attn.comm.ledger import Ledger
+from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout
 from dist_attn.masks import Mask
@@ -36,7 +37,8 @@ def attention(  # noqa: PLR0913
     """Softmax attention over a stream that the ranks of a group hold together.
 
     Args:
-        q_LHD: queries of this rank's tokens, in stream order.
+        q_LHD: queries of this rank's tokens, in stream order. With a batch in front, [B, L, H, D],
+            each of the B streams has the same mask and layout.
         k_LKD: keys; the number of query heads is a multiple of theirs.
         v_LKD: values.
         mask: what may attend to what, in stream positions.
@@ -50,7 +52,7 @@ def attention(  # noqa: PLR0913
         ledger: counts calls and bytes sent.
 
     Returns:
-        out [L, H, D]; with `return_lse` also lse [H, L], the natural logarithm of the softmax's
+        out like q; with `return_lse` also lse [H, L], the natural logarithm of the softmax's
         denominator, float32 (float64 for float64 inputs), which carries no gradient. A query
         without keys has out 0 and lse -inf.
 
@@ -68,8 +70,24 @@ def attention(  # noqa: PLR0913
     """
     chosen = choose_strategy(strategy, group)
     place = Place(mask, layout, group, deterministic, ledger)
-    call = make_call(q_LHD, k_LKD, v_LKD, place, softmax_scale)
-    out, lse = _Attention.apply(q_LHD, k_LKD, v_LKD, call, chosen, return_lse)
+    if q_LHD.ndim == 4:
+        if not len(q_LHD) == len(k_LKD) == len(v_LKD) > 0:
+            raise PlanError(
+                f"q, k and v need the same batch of one stream at least, got {len(q_LHD)}, "
+                f"{len(k_LKD)} and {len(v_LKD)}"
+            )
+        streams = list(zip(q_LHD, k_LKD, v_LKD, strict=True))
+    else:
+        streams = [(q_LHD, k_LKD, v_LKD)]
+    results = []
+    for q, k, v in streams:
+        call = make_call(q, k, v, place, softmax_scale)
+        results.append(_Attention.apply(q, k, v, call, chosen, return_lse))
+    outs, lses = zip(*results, strict=True)
+    if q_LHD.ndim == 4:
+        out, lse = torch.stack(outs), torch.stack(lses) if return_lse else None
+    else:
+        out, lse = outs[0], lses[0]
     return (out, lse) if return_lse else out
 
 

@@ -12,7 +12,7 @@ import torch
 from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
-from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
+from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype, index_of
 from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import HeadClass
@@ -123,7 +123,7 @@ class _Fetcher:
     def add_returned(self, returned: list[Tensor], t: int, dk: Tensor, dv: Tensor) -> None:
         """Add gradients of the own keys: those from stage t's reader, or for t < 1 the own ones."""
         for c, gradients in enumerate(returned):
-            kv_heads = torch.tensor(self.work.head_classes[c].kv_heads, device=dk.device)
+            kv_heads = index_of(self.work.head_classes[c].kv_heads, dk.device)
             if t < 1:
                 dk.index_add_(1, kv_heads, gradients[0])
                 dv.index_add_(1, kv_heads, gradients[1])
@@ -142,13 +142,13 @@ class _Fetcher:
 def _heads(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:
     if len(heads) == x.shape[dim]:
         return x
-    return x.index_select(dim, torch.tensor(heads, device=x.device))
+    return x.index_select(dim, index_of(heads, x.device))
 
 
 def _together(parts: list[Tensor], classes: tuple[HeadClass, ...], dim: int) -> Tensor:
     """Put the classes' query heads back in their order."""
     if len(parts) == 1:
         return parts[0]
-    order = torch.tensor([h for c in classes for h in c.q_heads], device=parts[0].device)
+    order = index_of(tuple(h for c in classes for h in c.q_heads), parts[0].device)
     whole = torch.cat(parts, dim)
     return torch.empty_like(whole).index_copy_(dim, order, whole)

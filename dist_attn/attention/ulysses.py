@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_attn.attention.accumulate import accumulation_dtype
+from dist_attn.attention.accumulate import accumulation_dtype, index_of
 from dist_attn.attention.strategy import Call, Residuals, Strategy
 from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all
@@ -196,7 +196,7 @@ def _expand(split: HeadSplit, cp_rank: int, device: torch.device) -> Tensor | No
     """Index that gives every query head its own key/value head, where groups are uneven."""
     if split.uniform(cp_rank):
         return None
-    return torch.tensor(split.kv_head_of_q(cp_rank), device=device)
+    return index_of(tuple(split.kv_head_of_q(cp_rank)), device)
 
 
 def _read(x: Tensor, read: Tensor | None) -> Tensor:

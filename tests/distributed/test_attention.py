@@ -251,6 +251,30 @@ def test_padding_changes_nothing(strategy):
             assert torch.equal(b[name][-5:], torch.zeros_like(b[name][-5:]))
 
 
+def attend_in_a_batch() -> None:
+    group = world_group()
+    layout = layout_of("zigzag", ODD)
+    positions = torch.from_numpy(layout.positions(group.cp_rank))
+    q, k, v = (t[positions] for n, t in ODD.tensors().items() if n != "dout")
+    options = {"mask": Causal(), "layout": layout, "group": group, "strategy": "ring"}
+    batch = [torch.stack([x, x.flip(-1)]).requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*batch, **options, return_lse=True)
+    out.square().sum().backward()
+    for i, flipped in enumerate((False, True)):
+        one = [(x.flip(-1) if flipped else x).clone().requires_grad_() for x in (q, k, v)]
+        want, want_lse = attention(*one, **options, return_lse=True)
+        want.square().sum().backward()
+        assert torch.equal(out[i], want)
+        assert torch.equal(lse[i], want_lse)
+        assert all(torch.equal(b.grad[i], o.grad) for b, o in zip(batch, one, strict=True))
+    with pytest.raises(PlanError, match="same batch"):
+        attention(batch[0], batch[1][:1], batch[2], **options)
+
+
+def test_a_batch_is_each_of_its_streams():
+    run_ranks(attend_in_a_batch, 2)
+
+
 def refused_calls() -> list[str]:
     group = world_group()
     layout = make_layout("zigzag", [0, 8], 2)
