@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from dist_attn_kernels import block_sparse_triton as plain
-from dist_attn_kernels.lists import BLOCK, BlockLists
+from dist_attn_kernels.lists import BLOCK, BlockLists, num_blocks
 
 Backend = Literal["auto", "triton", "hopper"]
 HEAD_DIMS = range(16, 257, 8)
@@ -45,7 +45,6 @@ def block_sparse_attention(
     lists: BlockLists,
     *,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed tiles, differentiable in q, k and v, through out and through lse.
@@ -56,14 +55,15 @@ def block_sparse_attention(
         v_TKD: like k_TKD.
         lists: from `build_lists`, for these lengths, on the same device.
         softmax_scale: by default head_dim ** -0.5.
-        deterministic: gradients that repeat bit by bit; the forward always does.
         backend: "auto" takes the Hopper kernels where they apply (see `why_not_hopper`).
 
     Returns:
         out like q_THD, and lse float32 [heads, queries], natural log. A query without keys has out 0
         and lse -inf.
+
+    Numerics: float32 accumulation in a fixed order; results and gradients repeat bit by bit.
     """
-    options = (softmax_scale, deterministic, backend)
+    options = (softmax_scale, backend)
     out, lse = _BlockSparse.apply(q_THD, k_TKD, v_TKD, lists, options)
     return out, lse
 
@@ -103,7 +103,6 @@ def block_sparse_backward(
     *,
     dlse_HT: Tensor | None = None,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for a given out and lse.
@@ -111,8 +110,7 @@ def block_sparse_backward(
     `out_THD` and `lse_HT` may come from elsewhere: in a ring they are those of all keys, and the
     probabilities here are exp(score - lse), a part of the whole softmax.
 
-    Numerics: float32 accumulation. Unless `deterministic`, the Hopper kernel adds dq in float32 in
-        an order that changes from run to run.
+    Numerics: float32 accumulation in a fixed order; gradients repeat bit by bit.
     """
     call = _checked(qkv, lists, softmax_scale, backend)
     q, k, v = qkv
@@ -140,10 +138,8 @@ def block_sparse_backward(
     if not lists.rows.shape[0]:
         return dq, dk, dv
     tensors = (q, k, v, dout_THD, lse, delta)
-    if call.hopper and not deterministic:
-        from dist_attn_kernels import block_sparse_hopper_backward as hopper  # noqa: PLC0415
-
-        hopper.backward(tensors, (dq, dk, dv), lists, call.scale)
+    if call.hopper:
+        _hopper_backward(tensors, (dq, dk, dv), lists, call)
     else:
         _triton_backward(tensors, (dq, dk, dv), lists, call)
     return dq, dk, dv
@@ -163,7 +159,7 @@ def why_not_hopper(q: Tensor, lists: BlockLists) -> str | None:
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, options: Any) -> Any:
-        scale, _, backend = options
+        scale, backend = options
         out, lse = block_sparse_forward(q, k, v, lists, softmax_scale=scale, backend=backend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.lists, ctx.options = lists, options
@@ -173,7 +169,7 @@ class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        scale, deterministic, backend = ctx.options
+        scale, backend = ctx.options
         grads = block_sparse_backward(
             torch.zeros_like(out) if dout is None else dout,
             (q, k, v),
@@ -182,7 +178,6 @@ class _BlockSparse(torch.autograd.Function):
             ctx.lists,
             dlse_HT=dlse,
             softmax_scale=scale,
-            deterministic=deterministic,
             backend=backend,
         )
         return *grads, None, None
@@ -324,6 +319,24 @@ def _triton_backward(
         LOOP=1 if per_query_head else call.group,
         **common, **_launch(call, q, "dkv"),
     )  # fmt: skip
+
+
+def _hopper_backward(
+    tensors: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], lists: BlockLists, call: _Call
+) -> None:
+    from dist_attn_kernels import block_sparse_hopper_dkv, block_sparse_hopper_dq  # noqa: PLC0415
+
+    q, k, v, dout, lse, delta = tensors
+    dq, dk, dv = grads
+    pad = num_blocks(lists.q_len) * BLOCK
+    stats = torch.empty(2, call.heads, pad, dtype=torch.float32, device=q.device)
+    rows = 256
+    plain.pad_kernel[(triton.cdiv(pad, rows), call.heads)](
+        lse, delta, stats[0], stats[1], lists.q_len, pad, ROWS=rows
+    )
+    tensors = (q, k, v, dout, stats[0], stats[1])
+    block_sparse_hopper_dkv.key_gradients(tensors, dk, dv, lists, call.scale)
+    block_sparse_hopper_dq.query_gradient(tensors, dq, lists, call.scale)
 
 
 def _bits(lists: BlockLists) -> Tensor:

@@ -19,13 +19,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dist_attn_kernels.gluon_compat import reinterpret, tma_load
+from dist_attn_kernels.gluon_compat import reinterpret, tma_load, tma_store
 from dist_attn_kernels.lists import BLOCK, BlockLists
 
 LOG2_E = 1.4426950408889634
+PING_ = True
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -57,50 +58,106 @@ def score_mask(
 
 
 @gluon.jit
+def post_item(counter_ptr, board, posted, turn):
+    """Draw the program's next item and post it for the computing warpgroups.
+
+    It is drawn one item ahead of use. The board has four places and needs no answer: the loads of
+    an item wait for the item two before it, so that no place is written before it was read.
+    """
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    index = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+    board.index(turn % 4).store(gl.full([1], 0, gl.int32, FLAT) + index)
+    mbarrier.arrive(posted.index(turn % 4), count=1)
+    return index
+
+
+@gluon.jit
+def read_item(board, posted, turn):
+    """The item that `post_item` drew for this turn."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(posted.index(turn % 4), (turn // 4) & 1)
+    return gl.sum(board.index(turn % 4).load(FLAT), 0)
+
+
+@gluon.jit
+def place_item(index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
+    """The table's row and the head inside its mask head: TOGETHER heads walk the table at a time.
+
+    Past the last item the last one is named again, so that a program can look one item ahead.
+    """
+    index = gl.minimum(index, num_items - 1)
+    per_group = num_items // (REPEAT // TOGETHER)
+    inside = index % per_group
+    return inside // TOGETHER, index // per_group * TOGETHER + inside % TOGETHER
+
+
+@gluon.jit
+def load_item(rows_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
+    """Head, mask head, first query, first step, steps, first kind, masked steps of an item."""
+    place, head_in_mask = place_item(index, num_items, REPEAT, TOGETHER)
+    item = rows_ptr + place * 6
+    mask_head = gl.load(item)
+    head = mask_head * REPEAT + head_in_mask
+    row = gl.load(item + 1) * 128
+    return head, mask_head, row, gl.load(item + 2), gl.load(item + 3), gl.load(item + 4), gl.load(item + 5)
+
+
+@gluon.jit
+def load_pair(desc, ring, base, block0, block1, col, bar, D: gl.constexpr):
+    """Fetch two blocks of 64 tokens as one operand of 128; `base` is its first panel."""
+    mbarrier.expect(bar, 128 * D * 2)
+    for p in gl.static_range(D // 64):
+        tma_load(desc, [block0, col + p * 64], bar, ring.index(base + p * 2))
+        tma_load(desc, [block1, col + p * 64], bar, ring.index(base + p * 2 + 1))
+
+
+@gluon.jit
 def load_partition(
-    loads, REPEAT: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):
+    loads, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """Fetch the queries of every item and the keys and values of its steps."""
-    q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, num_items, q_ring, k_ring, v_ring, bars = loads
+    q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars = loads
+    q_ring, k_ring, v_ring, board, posted = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     PANELS: gl.constexpr = D // 64
     count = 0
     turn = 0
-    for index in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        item = rows_ptr + (index // REPEAT) * 6
-        head = gl.load(item) * REPEAT + index % REPEAT
-        row = gl.load(item + 1) * 128
-        first = gl.load(item + 2)
-        steps = gl.load(item + 3)
+    index = gl.program_id(0)
+    head, _, row, first, steps, _, _ = load_item(rows_ptr, index, num_items, REPEAT, TOGETHER)
+    block0 = gl.load(blocks_ptr + first * 2)
+    block1 = gl.load(blocks_ptr + first * 2 + 1)
+    while index < num_items:
+        index = post_item(counter_ptr, board, posted, turn)
+        head_, _, row_, first_, steps_, _, _ = load_item(rows_ptr, index, num_items, REPEAT, TOGETHER)
         kv_col = (head // GROUP) * D
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, 128 * D * 2)
-        for half in gl.static_range(2):
+        half = turn & 1
+        mbarrier.wait(q_empty.index(half), ((turn >> 1) & 1) ^ 1)
+        mbarrier.expect(q_full.index(half), 128 * D * 2)
+        for side in gl.static_range(2):
             for p in gl.static_range(PANELS):
-                panel = q_ring.index(half * PANELS + p)
-                tma_load(q_desc, [row + half * 64, head * D + p * 64], q_full, panel)
+                panel = q_ring.index((half * 2 + side) * PANELS + p)
+                tma_load(q_desc, [row + side * 64, head * D + p * 64], q_full.index(half), panel)
         turn += 1
         for i in range(steps):
-            block0 = gl.load(blocks_ptr + (first + i) * 2) * 64
-            block1 = gl.load(blocks_ptr + (first + i) * 2 + 1) * 64
+            # The next step's blocks, or the next item's first: their latency hides behind the wait.
+            ahead = gl.where(i + 1 < steps, first + i + 1, first_)
+            block0_ = gl.load(blocks_ptr + ahead * 2)
+            block1_ = gl.load(blocks_ptr + ahead * 2 + 1)
             stage = count % STAGES
             phase = ((count // STAGES) & 1) ^ 1
             base = stage * (2 * PANELS)
             mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), 128 * D * 2)
-            for p in gl.static_range(PANELS):
-                panel = k_ring.index(base + p * 2)
-                tma_load(k_desc, [block0, kv_col + p * 64], k_full.index(stage), panel)
-                panel = k_ring.index(base + p * 2 + 1)
-                tma_load(k_desc, [block1, kv_col + p * 64], k_full.index(stage), panel)
+            load_pair(k_desc, k_ring, base, block0 * 64, block1 * 64, kv_col, k_full.index(stage), D)
             mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), 128 * D * 2)
-            for p in gl.static_range(PANELS):
-                panel = v_ring.index(base + p * 2)
-                tma_load(v_desc, [block0, kv_col + p * 64], v_full.index(stage), panel)
-                panel = v_ring.index(base + p * 2 + 1)
-                tma_load(v_desc, [block1, kv_col + p * 64], v_full.index(stage), panel)
+            load_pair(v_desc, v_ring, base, block0 * 64, block1 * 64, kv_col, v_full.index(stage), D)
             count += 1
+            block0 = block0_
+            block1 = block1_
+        head = head_
+        row = row_
+        first = first_
+        steps = steps_
 
 
 @gluon.jit
@@ -123,12 +180,17 @@ def masked_scores(
 
 
 @gluon.jit
-def start_scores(q, k_view, k_full, stage, phase, MMA: gl.constexpr):
-    """Issue the scores of one step."""
-    mbarrier.wait(k_full.index(stage), phase)
-    zero = gl.zeros([64, 128], gl.float32, MMA)
-    k = k_view.index(stage).permute((1, 0))
-    return hopper.warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+def start_product(left, view, full, count, more, WIDTH: gl.constexpr, STAGES: gl.constexpr):
+    """Issue left @ right^T with the operand of step `count`; `more` says whether there is one.
+
+    Behind the last step it multiplies whatever the next stage holds; nobody looks at the result.
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    stage = count % STAGES
+    mbarrier.wait(full.index(stage), (count // STAGES) & 1, pred=more)
+    right = view.index(stage).permute((1, 0))
+    zero = gl.zeros([64, WIDTH], gl.float32, MMA)
+    return hopper.warpgroup_mma(left, right, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -144,38 +206,46 @@ def softmax_step(s, top, scale_log2):
 @gluon.jit
 def compute_partition(
     tables, sizes, views,
-    SIDE: gl.constexpr, REPEAT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, PING: gl.constexpr,
 ):  # fmt: skip
     """The softmax and both matrix products of 64 queries of every item."""
-    out_ptr, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
-    num_items, q_len, k_len, scale_log2, out_stride, interval_stride = sizes
-    q_view, k_view, v_view, bars = views
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    out_desc, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
+    num_items, q_len, k_len, scale_log2, interval_stride = sizes
+    q_ring, q_view, k_view, v_view, board, posted, bars = views
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     MMA_OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, MMA_OUT)
-    q = q_view.index(SIDE)
+    PANELS: gl.constexpr = D // 64
+    if PING:
+        mbarrier.arrive(turns.index(0), count=1, pred=SIDE == 1)
     count = 0
     turn = 0
-    for index in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        item = rows_ptr + (index // REPEAT) * 6
-        mask_head = gl.load(item)
-        head = mask_head * REPEAT + index % REPEAT
-        rows = gl.load(item + 1) * 128 + SIDE * 64 + gl.arange(0, 64, ROW)
-        first = gl.load(item + 2)
-        steps = gl.load(item + 3)
-        first_kind = gl.load(item + 4)
-        masked = gl.load(item + 5)
+    index = gl.program_id(0)
+    head, mask_head, row, first, steps, first_kind, masked = load_item(
+        rows_ptr, index, num_items, REPEAT, TOGETHER
+    )
+    while index < num_items:
+        index = read_item(board, posted, turn)
+        head_, mask_head_, row_, first_, steps_, first_kind_, masked_ = load_item(
+            rows_ptr, index, num_items, REPEAT, TOGETHER
+        )
+        half = turn & 1
+        q = q_view.index(half * 2 + SIDE)
+        rows = row + SIDE * 64 + gl.arange(0, 64, ROW)
         bounds_ptr = intervals_ptr + mask_head * interval_stride
         top = gl.full([64], float("-inf"), gl.float32, ROW)
         acc = gl.zeros([64, D], gl.float32, MMA_OUT)
-        mbarrier.wait(q_full, turn & 1)
-        turn += 1
+        mbarrier.wait(q_full.index(half), (turn >> 1) & 1)
         stage = count % STAGES
-        s = start_scores(q, k_view, k_full, stage, (count // STAGES) & 1, MMA)
+        if PING:
+            mbarrier.wait(turns.index(SIDE), count & 1)
+        s = start_product(q, k_view, k_full, count, True, 128, STAGES)
+        if PING:
+            mbarrier.arrive(turns.index(1 - SIDE), count=1)
         s = hopper.warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if masked > 0:
@@ -185,15 +255,22 @@ def compute_partition(
             )  # fmt: skip
         p, alpha, top = softmax_step(s, top, scale_log2)
         total = gl.sum(p, 1)
+        # The last item's output left from its queries' place, which is free once TMA has read it.
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(half ^ 1), count=1, pred=turn > 0)
         probs = gl.convert_layout(p.to(v_view.dtype), PROBS)
         for i in range(1, steps):
             last = count % STAGES
             last_phase = (count // STAGES) & 1
             count += 1
             stage = count % STAGES
-            s = start_scores(q, k_view, k_full, stage, (count // STAGES) & 1, MMA)
+            if PING:
+                mbarrier.wait(turns.index(SIDE), count & 1)
+            s = start_product(q, k_view, k_full, count, True, 128, STAGES)
             mbarrier.wait(v_full.index(last), last_phase)
             acc = hopper.warpgroup_mma(probs, v_view.index(last), acc, is_async=True)
+            if PING:
+                mbarrier.arrive(turns.index(1 - SIDE), count=1)
             s = hopper.warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(k_empty.index(stage), count=1)
             if i < masked:
@@ -207,7 +284,6 @@ def compute_partition(
             mbarrier.arrive(v_empty.index(last), count=1)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, ROW_OUT), 1)
             probs = gl.convert_layout(p.to(v_view.dtype), PROBS)
-        mbarrier.arrive(q_empty, count=1)
         last = count % STAGES
         mbarrier.wait(v_full.index(last), (count // STAGES) & 1)
         acc = hopper.warpgroup_mma(probs, v_view.index(last), acc, is_async=True)
@@ -218,57 +294,76 @@ def compute_partition(
         lse = gl.where(none, float("-inf"), (top + gl.log2(total)) * LN_2)
         gl.store(lse_ptr + head.to(gl.int64) * q_len + rows, lse, mask=rows < q_len)
         factor = gl.convert_layout(1.0 / gl.where(none, 1.0, total), ROW_OUT)
-        acc = acc * gl.expand_dims(factor, 1)
-        rows = gl.convert_layout(rows, ROW_OUT)
-        dims = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, MMA_OUT)), 0)
-        at = gl.expand_dims(rows.to(gl.int64), 1) * out_stride + head * D + dims
-        gl.store(out_ptr + at, acc.to(v_view.dtype), mask=gl.expand_dims(rows < q_len, 1))
+        q.store((acc * gl.expand_dims(factor, 1)).to(q_view.dtype))
+        hopper.fence_async_shared()
+        for panel in gl.static_range(PANELS):
+            at = q_ring.index((half * 2 + SIDE) * PANELS + panel)
+            tma_store(out_desc, [row + SIDE * 64, head * D + panel * 64], at)
+        turn += 1
+        head = head_
+        mask_head = mask_head_
+        row = row_
+        first = first_
+        steps = steps_
+        first_kind = first_kind_
+        masked = masked_
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_items", "q_len", "k_len"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr,
-    rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr,
-    num_items, q_len, k_len, scale_log2, out_stride, interval_stride,
-    REPEAT: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr,
+    rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr, counter_ptr,
+    num_items, q_len, k_len, scale_log2, interval_stride,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, PING: gl.constexpr,
 ):  # fmt: skip
     """Split the program into the loading warp and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
     PANEL: gl.constexpr = q_desc.layout
     dtype: gl.constexpr = q_desc.dtype
-    q_ring = gl.allocate_shared_memory(dtype, [2 * PANELS, 64, 64], PANEL)
+    q_ring = gl.allocate_shared_memory(dtype, [4 * PANELS, 64, 64], PANEL)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES * 2 * PANELS, 64, 64], PANEL)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES * 2 * PANELS, 64, 64], PANEL)
-    q_view = reinterpret(q_ring, dtype, [2, 64, D], PANEL)
+    q_view = reinterpret(q_ring, dtype, [4, 64, D], PANEL)
     k_view = reinterpret(k_ring, dtype, [STAGES, 128, D], PANEL)
     v_view = reinterpret(v_ring, dtype, [STAGES, 128, D], PANEL)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
+    board = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    posted = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(posted.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     hopper.fence_async_shared()
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    tables = (out_ptr, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr)
-    sizes = (num_items, q_len, k_len, scale_log2, out_stride, interval_stride)
-    views = (q_view, k_view, v_view, bars)
-    loads = (q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, num_items, q_ring, k_ring, v_ring, bars)
+    all_bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    tables = (out_desc, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr)
+    sizes = (num_items, q_len, k_len, scale_log2, interval_stride)
+    views = (q_ring, q_view, k_view, v_view, board, posted, all_bars)
+    rings = (q_ring, k_ring, v_ring, board, posted)
+    loads = (q_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars)
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (compute_partition, (tables, sizes, views, UPPER, REPEAT, D, STAGES, PAIRS, HAS_BITS)),
-            (compute_partition, (tables, sizes, views, LOWER, REPEAT, D, STAGES, PAIRS, HAS_BITS)),
-            (load_partition, (loads, REPEAT, GROUP, D, STAGES)),
+            (compute_partition, (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS, PING)),
+            (compute_partition, (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS, PING)),
+            (load_partition, (loads, REPEAT, TOGETHER, GROUP, D, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -288,6 +383,11 @@ def num_multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def heads_together(repeat: int, group: int) -> int:
+    """How many of a shared mask's heads walk its table at a time: few, so that L2 serves them."""
+    return next((n for n in range(4, repeat) if repeat % n == 0 and n % group == 0), repeat)
+
+
 def panels(t: Tensor) -> Any:
     """A TMA descriptor that reads [tokens, heads, head_dim] in panels of 64 x 64."""
     flat = t.as_strided((t.shape[0], t.shape[1] * t.shape[2]), (t.stride(0), 1))
@@ -300,22 +400,24 @@ def forward_arguments(
     """What `forward_kernel` is launched with, by place and by name."""
     q, k, v = qkv
     out, lse = results
-    repeat = q.shape[1] // lists.num_mask_heads
+    repeat, group = q.shape[1] // lists.num_mask_heads, q.shape[1] // k.shape[1]
     bits = lists.intervals if lists.bits is None else lists.bits
     interval_stride = lists.intervals.stride(0) if lists.intervals.shape[0] > 1 else 0
     args = (
-        panels(q), panels(k), panels(v), out, lse,
+        panels(q), panels(k), panels(v), panels(out), lse,
         lists.rows, lists.row_blocks, lists.row_kinds, lists.intervals, bits,
-        lists.rows.shape[0] * repeat, lists.q_len, lists.k_len, scale * LOG2_E, out.stride(0),
-        interval_stride,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        lists.rows.shape[0] * repeat, lists.q_len, lists.k_len, scale * LOG2_E, interval_stride,
     )  # fmt: skip
     names = {
         "REPEAT": repeat,
-        "GROUP": q.shape[1] // k.shape[1],
+        "TOGETHER": heads_together(repeat, group) if lists.num_mask_heads == 1 else repeat,
+        "GROUP": group,
         "D": q.shape[2],
         "STAGES": 2 if q.shape[2] == 128 else 4,
         "PAIRS": lists.num_intervals,
         "HAS_BITS": lists.bits is not None,
+        "PING": PING_,
         "num_warps": 4,
         "maxnreg": 168,
     }
@@ -327,5 +429,5 @@ def forward(
 ) -> None:
     """Write out and lse of the listed rows."""
     args, names = forward_arguments(qkv, results, lists, scale)
-    programs = min(num_multiprocessors(qkv[0].device.index or 0), args[10])
+    programs = min(num_multiprocessors(qkv[0].device.index or 0), args[11])
     forward_kernel[(programs,)](*args, **names)

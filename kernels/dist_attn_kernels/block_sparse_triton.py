@@ -141,6 +141,20 @@ def delta_kernel(
 
 
 @triton.jit
+def pad_kernel(
+    lse_ptr, delta_ptr, lse_out_ptr, delta_out_ptr, q_len, q_pad, ROWS: tl.constexpr
+):  # fmt: skip
+    """lse in powers of two and delta, padded to whole blocks; +inf where no probability is left."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    lse = tl.load(lse_ptr + head * q_len + rows, mask=rows < q_len, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    tl.store(lse_out_ptr + head * q_pad + rows, lse, mask=rows < q_pad)
+    delta = tl.load(delta_ptr + head * q_len + rows, mask=rows < q_len, other=0.0)
+    tl.store(delta_out_ptr + head * q_pad + rows, delta, mask=rows < q_pad)
+
+
+@triton.jit
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr,

@@ -26,8 +26,9 @@ from torch import Tensor
 BLOCK = 64
 ROW_QUERIES = 2 * BLOCK
 EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
-#: Columns of this many key/value heads are sorted as one: a backward's launch serves them together.
-COLUMN_HEADS = 8
+#: Heads whose columns are walked at the same time: enough of them to keep a GPU's programs alike,
+#: few enough that L2 holds the queries that they read.
+HEADS_TOGETHER = 4
 #: In an entry of a column: the query head inside its group, above the query block.
 HEAD_SHIFT = 24
 
@@ -62,8 +63,8 @@ class BlockLists:
     order (upper queries, first block), (upper, second), (lower, first), (lower, second).
     cols [C, 7]: mask key head, key block, key block, first entry, entries, first kind, masked entries.
     col_entries [E]: query block | head in group << 24. col_kinds [N, 2]: kinds by key block.
-    Rows are sorted by mask head, then longest first; columns by COLUMN_HEADS mask heads, then longest
-    first, and col_starts says where each such group of heads begins and ends.
+    Rows are sorted by mask head, then longest first; columns, of which a head has few long ones, by
+    HEADS_TOGETHER mask heads, then longest first.
     """
 
     q_len: int
@@ -76,7 +77,6 @@ class BlockLists:
     cols: Tensor
     col_entries: Tensor
     col_kinds: Tensor
-    col_starts: tuple[int, ...]
     intervals: Tensor
     bits: Tensor | None
     #: Tiles that are visited, for the reckoning of work: listed 64x64 tiles over all mask heads.
@@ -135,7 +135,6 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
     num_rows = tiles.num_mask_heads * -(-tiles.q_len // ROW_QUERIES)
     listed = torch.unique(heads // heads_per_kv * num_blocks(tiles.k_len) + k_blocks).numel()
     num_kv = tiles.num_mask_heads // heads_per_kv
-    per_group = torch.bincount(cols[:, 0] // COLUMN_HEADS, minlength=-(-num_kv // COLUMN_HEADS))
     return BlockLists(
         q_len=tiles.q_len,
         k_len=tiles.k_len,
@@ -147,7 +146,6 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
         cols=cols.to(torch.int32).contiguous(),
         col_entries=col_entries.to(torch.int32).contiguous(),
         col_kinds=col_kinds.to(torch.int32).contiguous(),
-        col_starts=(0, *torch.cumsum(per_group, 0).tolist()),
         intervals=intervals.to(torch.int32).contiguous(),
         bits=None if tiles.bits is None else tiles.bits.to(torch.int32).contiguous(),
         num_tiles=heads.numel(),
@@ -274,17 +272,18 @@ def _cols(
     )
     head = pairs[:, 0]
     columns = [head, pairs[:, 1], pairs[:, 2], _starts(counts), counts, _starts(masked), masked]
-    table = torch.stack(columns, 1)[_longest_first(head // COLUMN_HEADS, counts)]
+    table = torch.stack(columns, 1)[_longest_first(head // HEADS_TOGETHER, counts)]
     return table, entry, pair[~full]
 
 
 def _pair_key_blocks(
     block: Tensor, q_blocks: Tensor, sizes: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put every listed key block into a column of two.
+    """Put every listed key block into a column of two, in the cheaper of two ways.
 
-    Blocks whose last query is the same and that are read by a similar number of queries go together:
-    this pairs strided blocks with strided ones, neighbours inside a document, and neighbours elsewhere.
+    Either neighbours (2i, 2i + 1) share a column, which suits patterns of 128 tokens. Or blocks of a head
+    are sorted by their last query and by how many queries read them, and taken two by two: strided
+    blocks then find strided ones, and the others the nearest that is not strided.
 
     Returns:
         The column and the side of every tile, and [columns, 3]: mask key head and the two key blocks
@@ -292,23 +291,28 @@ def _pair_key_blocks(
     """
     num_q, num_k = sizes
     listed, inverse, counts = torch.unique(block, return_inverse=True, return_counts=True)
-    last = torch.zeros_like(listed).scatter_reduce_(0, inverse, q_blocks, "amax")
     head = listed // num_k
+    last = torch.zeros_like(listed).scatter_reduce_(0, inverse, q_blocks, "amax")
     widest = int(counts.max()) + 1 if counts.numel() else 1
     likeness = (num_q - last) * widest + (widest - counts)
     order = torch.argsort(head * ((num_q + 1) * widest) + likeness, stable=True)
     per_head = torch.unique_consecutive(head[order], return_counts=True)[1]
     inside = torch.arange(order.numel(), device=block.device)
     inside -= torch.repeat_interleave(_starts(per_head), per_head)
-    first_column = _starts((per_head + 1) // 2)
-    column_of = torch.repeat_interleave(first_column, per_head) + inside // 2
-    side_of = inside % 2
-    num_columns = int(((per_head + 1) // 2).sum())
+    alike, side = torch.empty_like(order), torch.empty_like(order)
+    alike[order] = torch.repeat_interleave(_starts((per_head + 1) // 2), per_head) + inside // 2
+    side[order] = inside % 2
+    pair = head * num_k + listed % num_k // 2
+    near = torch.unique(pair, return_inverse=True)[1]
+    if torch.unique(near[inverse] * num_q + q_blocks).numel() <= (
+        torch.unique(alike[inverse] * num_q + q_blocks).numel()
+    ):
+        first = torch.ones_like(near, dtype=torch.bool)
+        first[1:] = near[1:] != near[:-1]
+        alike, side = near, (~first).to(side.dtype)
+    num_columns = int(alike.max()) + 1 if alike.numel() else 0
     pairs = torch.full((num_columns, 3), -1, dtype=torch.int64, device=block.device)
-    pairs[column_of, 0] = head[order]
-    pairs[column_of, side_of + 1] = listed[order] % num_k
+    pairs[alike, 0] = head
+    pairs[alike, side + 1] = listed % num_k
     pairs[:, 2] = torch.where(pairs[:, 2] < 0, pairs[:, 1], pairs[:, 2])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=block.device)
-    place = place[inverse]
-    return column_of[place], side_of[place], pairs
+    return alike[inverse], side[inverse], pairs
