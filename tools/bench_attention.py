@@ -42,7 +42,7 @@ from dist_attn.masks import Causal, Mask, patterns
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Largest error, relative to the largest value, that counts as right.
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
-OURS = ("ring", "gather", "ulysses", "ulysses+ring", "ulysses+gather")
+OURS = ("ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather")
 COLUMNS = (
     *("mask", "tokens", "ranks", "strategy", "error", "forward ms", "backward ms"),
     *("TFLOP/s", "MiB sent", "peak MiB"),

@@ -24,6 +24,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ring": Ring(),
     "gather": Gather(),
     "ulysses": Ulysses(Local()),
+    "ring+ring": Ring(double=True),
     "ulysses+ring": Ulysses(Ring()),
     "ulysses+gather": Ulysses(Gather()),
 }

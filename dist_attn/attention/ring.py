@@ -4,6 +4,10 @@ At step t a rank computes its queries against the keys of the rank t places befo
 sends these keys on and receives the next. A block travels no farther than the last rank that needs
 it. In the backward the gradients of a block follow it one step later, in float32, and the last rank
 that needed it sends them home.
+
+A double ring goes round inside each node, and from node to node between the rounds: at the start of
+a round a rank sends the block that it has to its place in the next node, which has the whole round
+to arrive. In the backward every node sends its gradients home.
 """
 
 from __future__ import annotations
@@ -20,47 +24,68 @@ from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange
 
+#: Of a round in which nobody needs a block: no first and no last place.
+NOBODY = (0, -1)
+
 
 @dataclass(frozen=True)
-class Travel:
-    """How far each rank's block travels: the first and the last step at which it is needed.
+class Route:
+    """How far one rank's block travels.
 
-    Both are 0 for a block that nobody else needs.
+    Attributes:
+        rounds: for each node, beginning with the block's own, the first and the last place of the
+            round at which it is needed, counted from the block's own place.
     """
 
-    first: tuple[int, ...]
-    last: tuple[int, ...]
+    rounds: tuple[tuple[int, int], ...]
+
+    @property
+    def last_round(self) -> int:
+        """The last node that needs the block, counted from its own."""
+        return max((a for a, r in enumerate(self.rounds) if r != NOBODY), default=0)
 
 
-def travel(work: Workload) -> Travel:
-    """Return the travels of all blocks, the same on every rank."""
-    cp_size = work.layout.cp_size
-    first, last = [], []
-    for s in range(cp_size):
-        steps = [t for t in range(1, cp_size) if work.needs[(s + t) % cp_size, s]]
-        first.append(min(steps, default=0))
-        last.append(max(steps, default=0))
-    return Travel(tuple(first), tuple(last))
+def route(work: Workload, source: int, inner_size: int) -> Route:
+    """Return the route of a block, the same on every rank."""
+    num_nodes = work.layout.cp_size // inner_size
+    node, place = divmod(source, inner_size)
+    rounds = []
+    for a in range(num_nodes):
+        first_rank = (node + a) % num_nodes * inner_size
+        needing = [
+            b
+            for b in range(inner_size)
+            if (a, b) != (0, 0) and work.needs[first_rank + (place + b) % inner_size, source]
+        ]
+        rounds.append((needing[0], needing[-1]) if needing else NOBODY)
+    return Route(tuple(rounds))
 
 
 class Ring(KeepsOwn):
-    """See the module."""
+    """See the module.
+
+    Args:
+        double: go round inside nodes and between them; the group has an inner and an outer one.
+    """
+
+    def __init__(self, double: bool = False) -> None:
+        self._double = double
 
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
-        trip = _Trip(call, torch.stack([k, v]))
+        trip = _Trip(call, torch.stack([k, v]), self._double)
         total = SoftmaxSum(q, v.shape[-1])
         for t in range(call.group.cp_size):
-            exchange = Exchange(call.group, call.ledger)
+            exchange = Exchange(trip.inner, call.ledger)
             trip.pass_on_kv(exchange, t)
             exchange.start()
             if trip.computes(t):
                 step = call.work.step(trip.source(t))
                 step.forward(call.kernel, q, trip.kv[0], trip.kv[1], total)
             exchange.wait()
-            trip.next()
+            trip.next(t)
         out, lse = total.result()
         return out, lse, (q, k, v, out, lse)
 
@@ -69,15 +94,17 @@ class Ring(KeepsOwn):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
         q, k, v, out, lse = residuals
-        trip = _Trip(call, torch.stack([k, v]))
+        trip = _Trip(call, torch.stack([k, v]), self._double)
         dq, dk, dv = RowSum(q), RowSum(k), RowSum(v)
         dkv: Tensor | None = None
         for t in range(call.group.cp_size + 1):
-            exchange = Exchange(call.group, call.ledger)
+            exchange = Exchange(trip.inner, call.ledger)
+            homeward = Exchange(call.group, call.ledger)
             trip.pass_on_kv(exchange, t)
             arriving = trip.pass_on_dkv(exchange, t, dkv)
-            home = trip.bring_home(exchange, t, dkv)
+            home = trip.bring_home(homeward, t, dkv)
             exchange.start()
+            homeward.start()
             part = None
             if trip.computes(t):
                 own = t == 0
@@ -87,81 +114,117 @@ class Ring(KeepsOwn):
                 step.backward(call.kernel, saved, Gradients(dq, *sums))
                 part = None if own else torch.stack([s.wide() for s in sums])
             exchange.wait()
+            homeward.wait()
             if part is not None and arriving is not None:
                 part += arriving
             dkv = part if part is not None else arriving
             if home is not None:
                 dk.add_all(home[0])
                 dv.add_all(home[1])
-            trip.next()
+            trip.next(t)
         return dq.result(), dk.result(), dv.result()
 
 
 class _Trip:
-    """One rank's view of the blocks that come by."""
+    """One rank's view of the blocks that come by: at step t, place t % n of round t // n."""
 
-    def __init__(self, call: Call, kv: Tensor) -> None:
-        self.group = call.group
-        self.work = call.work
-        self.travel = travel(call.work)
-        #: The block that is here now, [2, L, K, D], and the one that is arriving.
+    def __init__(self, call: Call, kv: Tensor, double: bool) -> None:
+        group = call.group
+        assert not double or (group.inner is not None and group.outer is not None)
+        self.inner = group.inner if double and group.inner is not None else group
+        self._call = call
+        self._cp_rank, self._cp_size = group.cp_rank, group.cp_size
+        self._places = self.inner.cp_size
+        self._rounds = group.cp_size // self._places
+        self._routes = [route(call.work, s, self._places) for s in range(group.cp_size)]
+        #: The block that is here now, [2, L, K, D]; those that arrive from next door and next node.
         self.kv = kv
-        self._next_kv = kv
-        self._own_shape = kv.shape
+        self._next_kv = self._next_node_kv = kv
+        self._between_nodes: Exchange | None = None
 
     def source(self, t: int) -> int:
         """Rank whose block is here at step t."""
-        return (self.group.cp_rank - t) % self.group.cp_size
+        a, b = divmod(t, self._places)
+        node, place = divmod(self._cp_rank, self._places)
+        return (node - a) % self._rounds * self._places + (place - b) % self._places
 
     def computes(self, t: int) -> bool:
         """Whether a local query needs the block that is here at step t."""
-        if t >= self.group.cp_size:
-            return False
-        return bool(self.work.needs[self.group.cp_rank, self.source(t)])
+        return t < self._cp_size and bool(self._call.work.needs[self._cp_rank, self.source(t)])
 
     def pass_on_kv(self, exchange: Exchange, t: int) -> None:
-        """Send this step's block on and receive the next step's, where somebody needs them."""
-        if t + 1 >= self.group.cp_size:
+        """Send this step's block on and receive the next one's, where somebody needs them."""
+        a, b = divmod(t, self._places)
+        if b == 0 and a + 1 < self._rounds:
+            self._pass_to_next_node(t, a)
+        if a >= self._rounds or b + 1 >= self._places:
             return
-        if t + 1 <= self.travel.last[self.source(t)]:
-            exchange.send(self.kv, self.group.cp_rank + 1, "kv")
+        if b + 1 <= self._last(self.source(t), a):
+            exchange.send(self.kv, self.inner.cp_rank + 1, "kv")
         coming = self.source(t + 1)
-        if t + 1 <= self.travel.last[coming]:
-            self._next_kv = self.kv.new_empty(self._shape_of(coming))
-            exchange.receive(self._next_kv, self.group.cp_rank - 1)
+        if b + 1 <= self._last(coming, a):
+            self._next_kv = self._new(coming, self.kv.dtype)
+            exchange.receive(self._next_kv, self.inner.cp_rank - 1)
 
     def pass_on_dkv(self, exchange: Exchange, t: int, dkv: Tensor | None) -> Tensor | None:
         """Send the gradients of the last step's block after it; receive those of this step's."""
-        last = self.source(t - 1)
-        if t >= 2 and self.travel.first[last] <= t - 1 < self.travel.last[last]:
-            assert dkv is not None, "the last step had gradients to pass on"
-            exchange.send(dkv, self.group.cp_rank + 1, "dkv")
-        here = self.source(t)
-        if t < self.group.cp_size and 0 < self.travel.first[here] < t <= self.travel.last[here]:
-            arriving = self._new_dkv(here)
-            exchange.receive(arriving, self.group.cp_rank - 1)
-            return arriving
-        return None
+        if t >= 1:
+            a, b = divmod(t - 1, self._places)
+            first, last = self._routes[self.source(t - 1)].rounds[a]
+            if first <= b < last:
+                assert dkv is not None, "the last step had gradients to pass on"
+                exchange.send(dkv, self.inner.cp_rank + 1, "dkv")
+        a, b = divmod(t, self._places)
+        if a >= self._rounds:
+            return None
+        first, last = self._routes[self.source(t)].rounds[a]
+        if not first < b <= last:
+            return None
+        arriving = self._new(self.source(t), accumulation_dtype(self.kv.dtype))
+        exchange.receive(arriving, self.inner.cp_rank - 1)
+        return arriving
 
     def bring_home(self, exchange: Exchange, t: int, dkv: Tensor | None) -> Tensor | None:
-        """Send finished gradients to the block's owner; receive those of the own block."""
-        last = self.source(t - 1)
-        if t >= 2 and self.travel.last[last] == t - 1:
+        """Send a node's finished gradients to the block's owner; receive those of the own block."""
+        if t == 0:
+            return None
+        a, b = divmod(t - 1, self._places)
+        source = self.source(t - 1)
+        if b == self._last(source, a):
             assert dkv is not None, "the last step had gradients to bring home"
-            exchange.send(dkv, last, "dkv")
-        me = self.group.cp_rank
-        if t >= 2 and self.travel.last[me] == t - 1:
-            home = self._new_dkv(me)
-            exchange.receive(home, me + t - 1)
-            return home
-        return None
+            exchange.send(dkv, source, "dkv")
+        if b != self._last(self._cp_rank, a):
+            return None
+        node, place = divmod(self._cp_rank, self._places)
+        last_rank = (node + a) % self._rounds * self._places + (place + b) % self._places
+        home = self._new(self._cp_rank, accumulation_dtype(self.kv.dtype))
+        exchange.receive(home, last_rank)
+        return home
 
-    def next(self) -> None:
-        """Make the block that arrived the present one."""
-        self.kv = self._next_kv
+    def next(self, t: int) -> None:
+        """Make the block of the next step the present one."""
+        if (t + 1) % self._places == 0 and self._between_nodes is not None:
+            self._between_nodes.wait()
+            self._between_nodes = None
+            self.kv = self._next_node_kv
+        else:
+            self.kv = self._next_kv
 
-    def _new_dkv(self, source: int) -> Tensor:
-        return self.kv.new_empty(self._shape_of(source), dtype=accumulation_dtype(self.kv.dtype))
+    def _pass_to_next_node(self, t: int, a: int) -> None:
+        outer = self._call.group.outer
+        assert outer is not None
+        self._between_nodes = Exchange(outer, self._call.ledger)
+        if a + 1 <= self._routes[self.source(t)].last_round:
+            self._between_nodes.send(self.kv, outer.cp_rank + 1, "kv_between_nodes")
+        coming = self.source(t + self._places)
+        if a + 1 <= self._routes[coming].last_round:
+            self._next_node_kv = self._new(coming, self.kv.dtype)
+            self._between_nodes.receive(self._next_node_kv, outer.cp_rank - 1)
+        self._between_nodes.start()
 
-    def _shape_of(self, source: int) -> tuple[int, ...]:
-        return (2, self.work.layout.local_seq_len(source), *self._own_shape[2:])
+    def _last(self, source: int, a: int) -> int:
+        return self._routes[source].rounds[a][1]
+
+    def _new(self, source: int, dtype: torch.dtype) -> Tensor:
+        shape = (2, self._call.work.layout.local_seq_len(source), *self.kv.shape[2:])
+        return self.kv.new_empty(shape, dtype=dtype)

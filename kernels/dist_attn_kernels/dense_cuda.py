@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,10 @@ class FlashBackend:
         out, lse, *_ = aten._flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, segments.causal, False, scale=softmax_scale
         )
-        # It marks queries without keys by +inf.
-        return out[..., :dim], lse.masked_fill(torch.isposinf(lse), float("-inf"))
+        if min(b - a for a, b in itertools.pairwise(segments.cu_k)) == 0:
+            # It marks queries without keys by +inf.
+            lse = lse.masked_fill(torch.isposinf(lse), float("-inf"))
+        return out[..., :dim], lse
 
     def backward(
         self, saved: Saved, segments: Segments, softmax_scale: float, deterministic: bool

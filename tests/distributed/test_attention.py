@@ -29,7 +29,7 @@ from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
-STRATEGIES = ["ring", "gather", "ulysses", "ulysses+ring", "ulysses+gather"]
+STRATEGIES = ["ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather"]
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "placed", "scattered"]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
@@ -65,7 +65,7 @@ def test_masks_of_the_field(strategy, mask_name):
 
 
 @pytest.mark.parametrize("mask_name", ["s2 and a dense head", "shared question", "listed blocks"])
-@pytest.mark.parametrize("strategy", ["ulysses+ring", "ulysses+gather"])
+@pytest.mark.parametrize("strategy", ["ring+ring", "ulysses+ring", "ulysses+gather"])
 def test_masks_in_two_levels(strategy, mask_name):
     check(ZOO_CASE, mask_name, "zigzag", strategy, 4)
 
@@ -129,6 +129,17 @@ def test_ring_sends_each_block_as_far_as_it_is_needed():
         # Gradients travel as often as keys and values did, one step later.
         assert part["all_bytes"] == {"kv": 6 * kv_bytes, "dkv": 3 * kv_bytes}
         assert part["calls"] == {"kv": 6, "dkv": 3}
+
+
+def test_a_double_ring_crosses_nodes_once_a_round():
+    case = Case((64,))
+    parts = run_ranks(attend, 4, case, "causal", "zigzag", "ring+ring")
+    kv_bytes = 2 * 16 * case.num_kv_heads * case.head_dim * 4
+    for part in parts:
+        # Two rounds of one hop, and one hop between the nodes.
+        assert part["forward_bytes"] == {"kv": 2 * kv_bytes, "kv_between_nodes": kv_bytes}
+        # Home from each node, and one hop inside the other node.
+        assert part["all_bytes"]["dkv"] == 3 * kv_bytes
 
 
 def test_ring_sends_nothing_between_documents_on_single_ranks():

@@ -23,7 +23,7 @@ from dist_attn.masks import (
 from tests.attention_cases import NAMES, Case, dense_mask, exact
 from tests.ranks import run_ranks
 
-STRATEGIES = ["ring", "gather", "ulysses", "ulysses+ring", "ulysses+gather"]
+STRATEGIES = ["ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather"]
 
 
 def random_mask(rng: np.random.Generator, case: Case, depth: int = 2) -> Mask:
