@@ -1,0 +1,87 @@
+"""Masks of layers: doc-relative, exact areas, and refusals of the configuration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from dist_attn.config_masks import LayerMaskConfig
+from dist_attn.errors import ConfigError
+from dist_attn.masks.layers import document_mask, layer_rules, mean_area
+
+S2 = {"kind": "s2", "block_tokens": 4, "local_blocks": 2, "stride_blocks": 3}
+RULES = [
+    {"kind": "causal"},
+    {"kind": "window", "window_tokens": 5},
+    {"kind": "window", "window_tokens": 3, "sink_tokens": 2},
+    S2,
+    S2 | {"dense_heads": [1]},
+    {"kind": "streaming_heads", "window_tokens": 4, "dense_heads": [0, 3], "sink_tokens": 1},
+    {"kind": "window_per_head", "head_windows": [1, 2, 9, 100]},
+]
+
+
+def expected(rule: LayerMaskConfig, n: int, head: int) -> np.ndarray:
+    """The mask of one document, written down element by element."""
+    allowed = np.zeros((n, n), bool)
+    for q in range(n):
+        for k in range(q + 1):
+            near = k > q - (rule.window_tokens or 0) or k < rule.sink_tokens
+            if rule.kind == "window_per_head":
+                near = k > q - rule.head_windows[head] or k < rule.sink_tokens
+            if rule.kind == "s2":
+                b = rule.block_tokens
+                near = q // b - k // b < rule.local_blocks
+                near = near or (k // b) % rule.stride_blocks == (head // 2) % rule.stride_blocks
+            dense = rule.kind == "causal" or head in (rule.dense_heads or [])
+            allowed[q, k] = dense or near
+    return allowed
+
+
+@pytest.mark.parametrize("settings", RULES, ids=lambda r: "-".join(map(str, r.values())))
+def test_a_document_sees_the_same_wherever_it_is_packed(settings: dict) -> None:
+    rule = LayerMaskConfig(**settings)
+    lengths = (7, 30, 0, 1, 13)
+    cu = np.concatenate([[0], np.cumsum(lengths)])
+    mask = document_mask(rule, cu, num_heads=4, num_kv_heads=2)
+    for head in range(4):
+        whole = np.zeros((cu[-1], cu[-1]), bool)
+        for start, n in zip(cu, lengths, strict=False):
+            whole[start : start + n, start : start + n] = expected(rule, n, head)
+        assert np.array_equal(mask.materialize(int(cu[-1]), head), whole)
+        assert mask.area(int(cu[-1]), head) == whole.sum()
+
+
+def test_areas_are_counted() -> None:
+    rules = layer_rules([LayerMaskConfig(**S2), LayerMaskConfig(layers="::2", kind="causal")], 3, 4)
+    assert [r.kind for r in rules] == ["causal", "s2", "causal"]
+    lengths, areas = mean_area(rules, 4, 2, longest=100)
+    assert lengths[-1] == 100
+    n = lengths[5]
+    sparse = np.mean([expected(rules[1], n, head).sum() for head in range(4)])
+    assert areas[5] == pytest.approx((2 * n * (n + 1) / 2 + sparse) / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kind": "window"}, "lacks window_tokens"),
+        ({"kind": "causal", "window_tokens": 3}, "takes no window_tokens"),
+        ({"kind": "s2", "block_tokens": 4}, "lacks local_blocks, stride_blocks"),
+        ({"kind": "causal", "layers": "three"}, "a slice such as"),
+        ({"kind": "causal", "layers": "::0"}, "a slice such as"),
+    ],
+)
+def test_incomplete_rules(settings: dict, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        LayerMaskConfig(**settings)
+
+
+def test_layers_and_heads_of_another_model() -> None:
+    with pytest.raises(ConfigError, match=r"attention\.masks\.0: layers \[5\] of a model of 3"):
+        layer_rules([LayerMaskConfig(kind="causal", layers=[5])], 3, 4)
+    with pytest.raises(ConfigError, match=r"dense_heads \[4\] of a model of 4 heads"):
+        layer_rules([LayerMaskConfig(**S2, dense_heads=[4])], 3, 4)
+    with pytest.raises(ConfigError, match="one window for each of 4 heads, got 1"):
+        layer_rules([LayerMaskConfig(kind="window_per_head", head_windows=[3])], 3, 4)
