@@ -21,12 +21,14 @@ def check_plan(
     Checked: it is for these lengths and this cluster; every document lies in exactly one group;
     groups of a micro-batch have disjoint ranks; tokens add up; no rank holds more than it can; the
     strategy is allowed; times follow from the cost model; the predicted time is the sum over
-    micro-batches of the slowest group; the lower bound is not above it.
+    micro-batches of the slowest group, or under `step` synchronisation the end of the last rank;
+    the lower bound is not above it.
     """
     wrong = _check_frame(plan, lengths, cluster)
     if wrong:
         raise PlanError("; ".join(wrong))
     total = 0.0
+    free_at = [0.0] * plan.world_size
     for m, micro_batch in enumerate(plan.micro_batches):
         slowest = 0.0
         for g, group in enumerate(micro_batch.groups):
@@ -35,7 +37,12 @@ def check_plan(
             if not math.isclose(seconds, group.time_s, rel_tol=tolerance, abs_tol=1e-12):
                 wrong.append(f"{name}: predicted {group.time_s} s, recomputed {seconds} s")
             slowest = max(slowest, seconds)
+            end = max(free_at[r] for r in group.ranks) + seconds
+            for r in group.ranks:
+                free_at[r] = end
         total += slowest
+    if plan.synchronisation == "step":
+        total = max(free_at)
     if not math.isclose(total, plan.predicted_s, rel_tol=tolerance, abs_tol=1e-12):
         wrong.append(f"the plan predicts {plan.predicted_s} s, recomputed {total} s")
     if plan.lower_bound_s > plan.predicted_s * (1 + tolerance):

@@ -83,7 +83,7 @@ class LinkRates:
 class CostModel:
     """Costs of a transformer with causal documents, from rates, bytes and latencies.
 
-    With n tokens in a document, area A = n (n + 1) / 2 and degree d:
+    With n tokens in a document, area A = n (n + 1) / 2 or what its masks let through, and degree d:
 
     - compute: (linear n + pair A) / d, exactly the work, never n squared.
     - ulysses: all-to-all of queries, keys, values and outputs, forward and backward. A rank
@@ -106,6 +106,10 @@ class CostModel:
     bytes_per_token: int
     #: Share of a ring exchange that attention can hide.
     ring_overlap: float = 0.9
+    #: Lengths and, at each, the pairs of a document that the layers' masks let through, the mean of
+    #: layers and heads; empty for causal layers. See `dist_attn.masks.layers.mean_area`.
+    area_lengths: tuple[int, ...] = ()
+    area_pairs: tuple[float, ...] = ()
     #: Where the coefficients come from: `derived` or a calibration file.
     source: str = field(default="derived", compare=False)
 
@@ -116,6 +120,7 @@ class CostModel:
         cluster: Cluster,
         zero_stage: int,
         max_tokens_per_device: int | Mapping[str, int] | None = None,
+        areas: tuple[tuple[int, ...], tuple[float, ...]] = ((), ()),
     ) -> CostModel:
         """Work out the coefficients from the model's operations and the devices' rates.
 
@@ -128,6 +133,7 @@ class CostModel:
             cluster: where it runs.
             zero_stage: how parameters, gradients and optimizer state are sharded.
             max_tokens_per_device: a cap on every rank's tokens, or one per kind of device by name.
+            areas: lengths and areas of masks that are not causal; pairs cost the same in any mask.
         """
         caps = max_tokens_per_device
         forwards = 2 if shape.gradient_checkpointing else 1
@@ -151,6 +157,8 @@ class CostModel:
             static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
             bytes_per_token=shape.activation_bytes_per_token,
             ring_overlap=cluster.ring_overlap,
+            area_lengths=areas[0],
+            area_pairs=areas[1],
         )
 
     def allows(self, kind: GroupKind) -> bool:
@@ -222,8 +230,20 @@ class CostModel:
 
     def _attention_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)
+        return max(d.attention_s_per_pair for d in devices) * self._pairs(lengths)
+
+    def _pairs(self, lengths: IntArray) -> FloatArray:
+        """Pairs of each document that are computed, by the mean of layers and heads."""
         n = lengths.astype(np.float64)
-        return max(d.attention_s_per_pair for d in devices) * n * (n + 1) / 2
+        if not self.area_lengths:
+            return n * (n + 1) / 2
+        # Keys per query are linear in the length where a mask is causal, and level off elsewhere.
+        counted = np.array(self.area_lengths, dtype=np.float64)
+        per_query = np.array(self.area_pairs) / counted
+        keys = np.interp(n, counted, per_query)
+        slope = (per_query[-1] - per_query[-2]) / (counted[-1] - counted[-2])
+        keys = np.where(n > counted[-1], per_query[-1] + slope * (n - counted[-1]), keys)
+        return np.asarray(n * np.minimum(keys, (n + 1) / 2), dtype=np.float64)
 
     def _ulysses_s_per_token(self, kind: GroupKind) -> float:
         shape, d = self.shape, kind.degree

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from dist_attn.planner.plan import MicroBatch, Plan
+from dist_attn.planner.plan import Group, Plan
+from dist_attn.planner.schedule import group_starts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,13 +39,15 @@ def figure(plan: Plan, width_in: float = 10.0) -> Figure:
     height = min(max(2.2 + 0.11 * plan.world_size, 3.2), 9.0)
     fig = Figure(figsize=(width_in, height), layout="constrained")
     axes = fig.add_subplot()
-    start, degrees = 0.0, set()
-    for micro_batch in plan.micro_batches:
-        _draw(axes, plan, micro_batch, start)
-        degrees |= {g.degree for g in micro_batch.groups}
-        start += micro_batch.time_s
-        axes.axvline(start, color="#404040", linewidth=0.8)
-    axes.set_xlim(0, start or 1.0)
+    end = plan.predicted_s or 1.0
+    _draw_idle(axes, plan.world_size, end)
+    for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
+        for group, start in zip(micro_batch.groups, starts, strict=True):
+            _draw(axes, plan, group, start)
+        if plan.synchronisation == "micro_batch":
+            axes.axvline(starts[0] + micro_batch.time_s, color="#404040", linewidth=0.8)
+    degrees = {g.degree for m in plan.micro_batches for g in m.groups}
+    axes.set_xlim(0, end)
     axes.set_ylim(plan.world_size, 0)
     axes.set_xlabel("predicted time (s)")
     axes.set_ylabel("rank")
@@ -67,41 +70,41 @@ def figure(plan: Plan, width_in: float = 10.0) -> Figure:
     return fig
 
 
-def _draw(axes: Axes, plan: Plan, micro_batch: MicroBatch, start: float) -> None:
-    end = micro_batch.time_s
+def _draw_idle(axes: Axes, world_size: int, end: float) -> None:
     axes.add_patch(
         Rectangle(
-            (start, 0),
+            (0, 0),
             end,
-            plan.world_size,
+            world_size,
             facecolor="white",
             edgecolor=_IDLE,
             hatch="////",
             linewidth=0,
         )
     )
-    total = plan.predicted_s or 1.0
-    for group in micro_batch.groups:
-        intervals = blocks(group.ranks)
-        for first, count in intervals:
-            axes.add_patch(
-                Rectangle(
-                    (start, first),
-                    group.time_s,
-                    count,
-                    facecolor=degree_colour(group.degree),
-                    edgecolor="#404040",
-                    linewidth=0.4 if plan.world_size <= 128 else 0.1,
-                )
+
+
+def _draw(axes: Axes, plan: Plan, group: Group, start: float) -> None:
+    intervals = blocks(group.ranks)
+    for first, count in intervals:
+        axes.add_patch(
+            Rectangle(
+                (start, first),
+                group.time_s,
+                count,
+                facecolor=degree_colour(group.degree),
+                edgecolor="#404040",
+                linewidth=0.4 if plan.world_size <= 128 else 0.1,
             )
-        first, count = max(intervals, key=lambda b: b[1])
-        # A label where it can be read.
-        if count * 64 >= plan.world_size and group.time_s > 0.025 * total:
-            axes.text(
-                start + group.time_s / 2,
-                first + count / 2,
-                str(group.degree),
-                ha="center",
-                va="center",
-                fontsize=7 if count > 1 or plan.world_size <= 32 else 5,
-            )
+        )
+    first, count = max(intervals, key=lambda b: b[1])
+    # A label where it can be read.
+    if count * 64 >= plan.world_size and group.time_s > 0.025 * (plan.predicted_s or 1.0):
+        axes.text(
+            start + group.time_s / 2,
+            first + count / 2,
+            str(group.degree),
+            ha="center",
+            va="center",
+            fontsize=7 if count > 1 or plan.world_size <= 32 else 5,
+        )

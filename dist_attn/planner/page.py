@@ -7,7 +7,8 @@ import json
 from string import Template
 
 from dist_attn.planner.figure import blocks, degree_colour
-from dist_attn.planner.plan import Plan
+from dist_attn.planner.plan import Group, Plan
+from dist_attn.planner.schedule import group_starts
 
 _WIDTH = 1000.0
 
@@ -116,37 +117,45 @@ def _drawing(plan: Plan, height: float) -> str:
     parts = [f'<rect x="0" y="0" width="{_WIDTH:g}" height="{height:g}" fill="url(#idle)"/>']
     per_s = _WIDTH / (plan.predicted_s or 1.0)
     per_rank = height / plan.world_size
-    start, k = 0.0, 0
-    for m, micro_batch in enumerate(plan.micro_batches):
-        x = start * per_s
-        for group in micro_batch.groups:
-            width = group.time_s * per_s
-            for first, count in blocks(group.ranks):
-                y, tall = first * per_rank, count * per_rank
-                parts.append(
-                    f'<rect class="g" data-k="{k}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
-                    f'height="{tall:.2f}" fill="{degree_colour(group.degree)}"/>'
-                )
-                if tall >= 10 and width >= 14:
-                    parts.append(
-                        f'<text x="{x + width / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
-                        f'text-anchor="middle">{group.degree}</text>'
-                    )
-            k += 1
-        start += micro_batch.time_s
-        end = start * per_s
-        parts.append(f'<path d="M{end:.2f} 0V{height:g}" stroke="#000" stroke-width="1"/>')
-        parts.append(
-            f'<text x="{(x + end) / 2:.1f}" y="{height + 12:g}" text-anchor="middle">{m}</text>'
-        )
-        parts.append(
-            f'<text x="{end:.1f}" y="{height + 25:g}" text-anchor="end">{start:.3g} s</text>'
-        )
+    number = 0
+    for m, (micro_batch, starts) in enumerate(
+        zip(plan.micro_batches, group_starts(plan), strict=True)
+    ):
+        for group, start in zip(micro_batch.groups, starts, strict=True):
+            parts += _block(group, number, start * per_s, per_s, per_rank)
+            number += 1
+        if plan.synchronisation == "micro_batch":
+            x, end = starts[0] * per_s, (starts[0] + micro_batch.time_s) * per_s
+            parts.append(f'<path d="M{end:.2f} 0V{height:g}" stroke="#000" stroke-width="1"/>')
+            parts.append(
+                f'<text x="{(x + end) / 2:.1f}" y="{height + 12:g}" text-anchor="middle">{m}</text>'
+            )
+            parts.append(
+                f'<text x="{end:.1f}" y="{height + 25:g}" text-anchor="end">{end / per_s:.3g} s'
+                f"</text>"
+            )
     for rank in range(0, plan.world_size, max(1, plan.world_size // 16)):
         parts.append(
             f'<text x="-6" y="{(rank + 0.5) * per_rank + 3.5:.1f}" text-anchor="end">{rank}</text>'
         )
     return "\n".join(parts)
+
+
+def _block(group: Group, number: int, x: float, per_s: float, per_rank: float) -> list[str]:
+    parts = []
+    width = group.time_s * per_s
+    for first, count in blocks(group.ranks):
+        y, tall = first * per_rank, count * per_rank
+        parts.append(
+            f'<rect class="g" data-k="{number}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
+            f'height="{tall:.2f}" fill="{degree_colour(group.degree)}"/>'
+        )
+        if tall >= 10 and width >= 14:
+            parts.append(
+                f'<text x="{x + width / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
+                f'text-anchor="middle">{group.degree}</text>'
+            )
+    return parts
 
 
 def _groups(plan: Plan) -> list[dict[str, object]]:

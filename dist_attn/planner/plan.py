@@ -84,6 +84,10 @@ class Plan:
     solver: SolverReport
     cluster_fingerprint: str
     cost_fingerprint: str
+    #: `micro_batch`: all ranks wait at each micro-batch. `step`: only at the optimizer step; then
+    #: the predicted time is when the last rank ends, and micro-batches only order each rank's
+    #: groups.
+    synchronisation: str = "micro_batch"
     version: int = PLAN_VERSION
 
     @property
@@ -99,6 +103,7 @@ class Plan:
             "version": self.version,
             "lengths": self.lengths,
             "world_size": self.world_size,
+            "synchronisation": self.synchronisation,
             "micro_batches": [
                 [(g.ranks, g.strategy, g.documents) for g in m.groups] for m in self.micro_batches
             ],
@@ -156,6 +161,11 @@ class Plan:
 
     def validate(self, source: str = "plan") -> None:
         """Raise PlanError unless every document lies in one group and ranks are disjoint."""
+        if self.synchronisation not in ("micro_batch", "step"):
+            raise PlanError(
+                f"{source}: synchronisation is 'micro_batch' or 'step', got "
+                f"{self.synchronisation!r}; make the plan again"
+            )
         seen: list[int] = []
         for m, micro_batch in enumerate(self.micro_batches):
             ranks = [r for g in micro_batch.groups for r in g.ranks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_attn.planner.fluid import Fluid, Groups, OpenGroup
@@ -14,7 +15,7 @@ _SLACKS = (1.0, 1.1)
 
 
 @dataclass(slots=True)
-class _Vessel:
+class Vessel:
     """A group with room: seconds and tokens that are left."""
 
     group: OpenGroup
@@ -65,7 +66,7 @@ def _fill(
     go where time is what counts.
     """
     filled: list[Groups] = []
-    vessels: list[_Vessel] = []
+    vessels: list[Vessel] = []
     for groups, time_s in zip(batches, times, strict=True):
         own = [OpenGroup(g.cls, g.seconds, g.tokens, list(g.documents)) for g in groups]
         filled.append(own)
@@ -75,8 +76,9 @@ def _fill(
             left = limit - fluid.fixed[group.cls] - group.seconds
             if left >= 0:
                 room = fluid.capacity[group.cls] - group.tokens
-                vessels.append(_Vessel(group, left, room))
-    if not _distribute(fluid, vessels, slack):
+                vessels.append(Vessel(group, left, room))
+    short = range(fluid.num_long, len(fluid.lengths))
+    if distribute(fluid, vessels, slack, short) is None:
         return None
     return [[g for g in groups if g.documents] for groups in filled]
 
@@ -90,7 +92,14 @@ def _open_fillers(fluid: Fluid, groups: Groups) -> None:
                 groups.append(OpenGroup(filler, 0.0, 0))
 
 
-def _distribute(fluid: Fluid, vessels: list[_Vessel], slack: float) -> bool:
+def distribute(
+    fluid: Fluid,
+    vessels: list[Vessel],
+    slack: float,
+    documents: Sequence[int],
+    most_unplaced: int = 0,
+) -> list[int] | None:
+    """Place documents, longest first; returns those without a place, None when too many."""
     by_tokens: list[tuple[float, int]] = []
     by_time: list[tuple[float, int]] = []
     for v, vessel in enumerate(vessels):
@@ -102,16 +111,19 @@ def _distribute(fluid: Fluid, vessels: list[_Vessel], slack: float) -> bool:
             by_time.append((-reach, v))
     heapq.heapify(by_tokens)
     heapq.heapify(by_time)
-    for i in range(fluid.num_long, len(fluid.lengths)):
+    unplaced: list[int] = []
+    for i in documents:
         if not (
             _put(fluid, vessels, by_tokens, i, False) or _put(fluid, vessels, by_time, i, True)
         ):
-            return False
-    return True
+            unplaced.append(i)
+            if len(unplaced) > most_unplaced:
+                return None
+    return unplaced
 
 
 def _put(
-    fluid: Fluid, vessels: list[_Vessel], heap: list[tuple[float, int]], i: int, timed: bool
+    fluid: Fluid, vessels: list[Vessel], heap: list[tuple[float, int]], i: int, timed: bool
 ) -> bool:
     """Into the roomiest vessel that takes the document; `timed`: room is seconds, else tokens."""
     length, seconds = fluid.lengths[i], fluid.seconds[i]

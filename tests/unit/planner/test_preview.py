@@ -92,8 +92,8 @@ def test_the_figure_has_a_block_per_group(four):
     found = plan([8000, 100, 2000, 30], cluster, cost, PlannerConfig())
     axes = figure(found).axes[0]
     groups = sum(len(m.groups) for m in found.micro_batches)
-    # One hatched background per micro-batch and at least one block per group.
-    assert len(axes.patches) >= groups + len(found.micro_batches)
+    # A hatched background and at least one block per group.
+    assert len(axes.patches) >= groups + 1
     assert axes.get_xlim()[1] == pytest.approx(found.predicted_s)
 
 
