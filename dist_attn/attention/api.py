@@ -32,6 +32,7 @@ def attention(  # noqa: PLR0913
     softmax_scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    gradient_dtype: torch.dtype | None = None,
     ledger: Ledger | None = None,
 ) -> Any:
     """Softmax attention over a stream that the ranks of a group hold together.
@@ -49,6 +50,8 @@ def attention(  # noqa: PLR0913
         softmax_scale: factor of the scores, by default 1 / sqrt(D).
         return_lse: also return the normaliser.
         deterministic: bitwise the same result every time, at some cost on a GPU.
+        gradient_dtype: in what gradients of keys and values travel; by default float32 (float64 for
+            float64 inputs). A 16-bit type halves that traffic and rounds at every hop.
         ledger: counts calls and bytes sent.
 
     Returns:
@@ -61,7 +64,7 @@ def attention(  # noqa: PLR0913
 
     Collective:
         Every rank of the group, in the forward and again in the backward. ring: at most
-        cp_size - 1 exchanges of keys and values; backward also of their gradients, in float32.
+        cp_size - 1 exchanges of keys and values; backward also of their gradients.
         gather: as ring, of the keys and values that are seen, directly from who holds them.
         ulysses: two all-to-alls; backward two, or three if key/value heads are replicated.
 
@@ -69,7 +72,7 @@ def attention(  # noqa: PLR0913
         Parts are merged, and gradients added up, in float32.
     """
     chosen = choose_strategy(strategy, group)
-    place = Place(mask, layout, group, deterministic, ledger)
+    place = Place(mask, layout, group, deterministic, gradient_dtype, ledger)
     if q_LHD.ndim == 4:
         if not len(q_LHD) == len(k_LKD) == len(v_LKD) > 0:
             raise PlanError(
@@ -119,6 +122,7 @@ def attend_with_context(
         strategy=context.strategy,
         softmax_scale=softmax_scale,
         deterministic=context.deterministic,
+        gradient_dtype=context.gradient_dtype,
         ledger=context.ledger,
     )
     return F.pad(out, (0, 0, 0, 0, 0, context.num_padding)) if context.num_padding else out

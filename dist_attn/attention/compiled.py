@@ -99,7 +99,12 @@ def _resolve(
     num_tokens = len(tensors[0]) - context.num_padding
     q, k, v = (x[:num_tokens] for x in tensors)
     place = Place(
-        context.mask, context.layout, context.group, context.deterministic, context.ledger
+        context.mask,
+        context.layout,
+        context.group,
+        context.deterministic,
+        context.gradient_dtype,
+        context.ledger,
     )
     call = make_call(q, k, v, place, softmax_scale)
     return choose_strategy(context.strategy, context.group), call, [q, k, v], context.num_padding

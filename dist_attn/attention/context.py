@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
+import torch
+
 from dist_attn.comm.ledger import Ledger
 from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
@@ -20,7 +22,7 @@ _contexts: WeakValueDictionary[int, AttentionContext] = WeakValueDictionary()
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """Mask, layout and group of a micro-batch, the same for all of its layers.
+    """Mask, layout and group of a micro-batch; layers may have masks of their own.
 
     Attributes:
         mask: what may attend to what, over the group's packed stream.
@@ -29,7 +31,9 @@ class AttentionContext:
         strategy: `local` for one rank, else one of those of `attention`.
         deterministic: bitwise the same result every time.
         num_padding: tokens at the end of this rank's tensors that belong to no document.
+        gradient_dtype: in what gradients of keys and values travel, by default float32.
         ledger: counts what is sent.
+        layers: a context for each layer, with masks of their own; empty where all are alike.
         number: what compiled graphs know it by.
     """
 
@@ -39,12 +43,18 @@ class AttentionContext:
     strategy: str
     deterministic: bool = False
     num_padding: int = 0
+    gradient_dtype: torch.dtype | None = None
     ledger: Ledger | None = None
+    layers: tuple[AttentionContext, ...] = ()
     number: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "number", next(_numbers))
         _contexts[self.number] = self
+
+    def of_layer(self, layer: int) -> AttentionContext:
+        """Return the context of a layer, counted from 0."""
+        return self.layers[layer] if self.layers else self
 
 
 def context_of(number: int) -> AttentionContext:

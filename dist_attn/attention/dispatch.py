@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from dist_attn_kernels.dense import choose_backend
 from torch import Tensor
 
+from dist_attn.attention.accumulate import accumulation_dtype
 from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
@@ -38,6 +40,7 @@ class Place:
     layout: Layout
     group: CommGroup
     deterministic: bool = False
+    gradient_dtype: torch.dtype | None = None
     ledger: Ledger | None = None
 
 
@@ -71,7 +74,10 @@ def make_call(
     heads = tuple(range(q.shape[1]))
     work = workload(place.mask, place.layout, place.group.cp_rank, heads, k.shape[1])
     kernel = Kernel(backend, scale, place.deterministic)
-    return Call(work, place.group, kernel, place.ledger)
+    gradient_dtype = place.gradient_dtype or accumulation_dtype(q.dtype)
+    if not gradient_dtype.is_floating_point:
+        raise PlanError(f"gradient_dtype must be a floating-point type, got {gradient_dtype}")
+    return Call(work, place.group, kernel, gradient_dtype, place.ledger)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, group: CommGroup) -> None:

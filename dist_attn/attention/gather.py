@@ -3,7 +3,7 @@
 In stage t a rank fetches from the rank t places before it and sends to the rank t places behind it,
 while it computes the stage before. Key/value heads of which different keys are needed are fetched
 separately, so that a pattern shifted from head to head moves no more than it reads. Gradients go
-back the same way one stage later, in float32, and are added up in the order of the stages.
+back the same way one stage later, and are added up in float32 in the order of the stages.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class _Fetcher:
         self.work = call.work
         self.cp_rank = call.group.cp_rank
         self.cp_size = call.group.cp_size
+        self.dtype = call.gradient_dtype
         self.k, self.v = k, v
         self.here = [(_heads(k, c.kv_heads), _heads(v, c.kv_heads)) for c in call.work.head_classes]
 
@@ -114,8 +115,8 @@ class _Fetcher:
         reader, source = (self.cp_rank + t) % self.cp_size, self.source(t)
         arriving = []
         for c, gradients in enumerate(done):
-            exchange.send(gradients, source, "dkv")
-            buffer = self._buffer(reader, self.cp_rank, c, accumulation_dtype(self.k.dtype))
+            exchange.send(gradients.to(self.dtype), source, "dkv")
+            buffer = self._buffer(reader, self.cp_rank, c, self.dtype)
             exchange.receive(buffer, reader)
             arriving.append(buffer)
         return arriving
@@ -130,8 +131,8 @@ class _Fetcher:
                 continue
             reader = (self.cp_rank + t) % self.cp_size
             rows = self.work.fetch(reader, self.cp_rank, c).rows.index(dk.device)[:, None]
-            dk[rows, kv_heads] += gradients[0]
-            dv[rows, kv_heads] += gradients[1]
+            dk[rows, kv_heads] += gradients[0].to(dk.dtype)
+            dv[rows, kv_heads] += gradients[1].to(dv.dtype)
 
     def _buffer(self, needing: int, holding: int, c: int, dtype: torch.dtype) -> Tensor:
         num_rows = self.work.fetch(needing, holding, c).rows.num_rows

@@ -2,8 +2,8 @@
 
 At step t a rank computes its queries against the keys of the rank t places before it, and meanwhile
 sends these keys on and receives the next. A block travels no farther than the last rank that needs
-it. In the backward the gradients of a block follow it one step later, in float32, and the last rank
-that needed it sends them home.
+it. In the backward the gradients of a block follow it one step later, each rank adds its own in
+float32, and the last rank that needed it sends them home.
 
 A double ring goes round inside each node, and from node to node between the rounds: at the start of
 a round a rank sends the block that it has to its place in the next node, which has the whole round
@@ -18,7 +18,7 @@ import torch
 from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
-from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
+from dist_attn.attention.accumulate import RowSum, SoftmaxSum
 from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
@@ -173,14 +173,14 @@ class _Trip:
             first, last = self._routes[self.source(t - 1)].rounds[a]
             if first <= b < last:
                 assert dkv is not None, "the last step had gradients to pass on"
-                exchange.send(dkv, self.inner.cp_rank + 1, "dkv")
+                exchange.send(self._packed(dkv), self.inner.cp_rank + 1, "dkv")
         a, b = divmod(t, self._places)
         if a >= self._rounds:
             return None
         first, last = self._routes[self.source(t)].rounds[a]
         if not first < b <= last:
             return None
-        arriving = self._new(self.source(t), accumulation_dtype(self.kv.dtype))
+        arriving = self._new(self.source(t), self._call.gradient_dtype)
         exchange.receive(arriving, self.inner.cp_rank - 1)
         return arriving
 
@@ -192,12 +192,12 @@ class _Trip:
         source = self.source(t - 1)
         if b == self._last(source, a):
             assert dkv is not None, "the last step had gradients to bring home"
-            exchange.send(dkv, source, "dkv")
+            exchange.send(self._packed(dkv), source, "dkv")
         if b != self._last(self._cp_rank, a):
             return None
         node, place = divmod(self._cp_rank, self._places)
         last_rank = (node + a) % self._rounds * self._places + (place + b) % self._places
-        home = self._new(self._cp_rank, accumulation_dtype(self.kv.dtype))
+        home = self._new(self._cp_rank, self._call.gradient_dtype)
         exchange.receive(home, last_rank)
         return home
 
@@ -224,6 +224,9 @@ class _Trip:
 
     def _last(self, source: int, a: int) -> int:
         return self._routes[source].rounds[a][1]
+
+    def _packed(self, dkv: Tensor) -> Tensor:
+        return dkv.to(self._call.gradient_dtype)
 
     def _new(self, source: int, dtype: torch.dtype) -> Tensor:
         shape = (2, self._call.work.layout.local_seq_len(source), *self.kv.shape[2:])

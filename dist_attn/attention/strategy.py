@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
@@ -17,11 +18,20 @@ from dist_attn.groups import CommGroup
 
 @dataclass(frozen=True)
 class Call:
-    """What a strategy needs beside the tensors."""
+    """What a strategy needs beside the tensors.
+
+    Attributes:
+        work: what is to be computed.
+        group: the ranks that take part.
+        kernel: how a step is computed.
+        gradient_dtype: in what gradients of keys and values travel; they add up in float32.
+        ledger: counts what is sent.
+    """
 
     work: Workload
     group: CommGroup
     kernel: Kernel
+    gradient_dtype: torch.dtype
     ledger: Ledger | None = None
 
 

@@ -115,7 +115,8 @@ class Ulysses:
         dim = dout.shape[2]
         first_kv, end_kv = split.kv[trade.node.cp_rank]
         dq_heads = dout_heads
-        wide = accumulation_dtype(dout.dtype) if split.replicated else dout.dtype
+        # Of heads that several ranks read the gradients are yet to be added up.
+        wide = call.gradient_dtype if split.replicated else dout.dtype
         dkv_heads = [dout.new_zeros((len(dout_heads), end_kv - first_kv, dim), dtype=wide)] * 2
         if dout_heads.shape[1]:
             dq_heads, *grads = self._across.backward(trade.across, residuals, dout_heads)
@@ -214,7 +215,8 @@ def _fold(gradient: Tensor, read: Tensor | None, num_kv_heads: int) -> Tensor:
 
 def _add_heads(parts: list[Tensor], split: HeadSplit, num_kv_heads: int) -> Tensor:
     """Sum the ranks' gradients of the key/value heads that each of them read."""
-    total = parts[0].new_zeros(parts[0].shape[0], num_kv_heads, parts[0].shape[2])
+    shape = (parts[0].shape[0], num_kv_heads, parts[0].shape[2])
+    total = parts[0].new_zeros(shape, dtype=accumulation_dtype(parts[0].dtype))
     for part, (first, end) in zip(parts, split.kv, strict=True):
         total[:, first:end] += part
     return total

@@ -100,6 +100,25 @@ def test_few_tokens(lengths, strategy):
     check(Case(lengths), "causal documents", "zigzag", strategy, 3)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses", "ring+ring"])
+def test_gradients_may_travel_in_16_bits(strategy):
+    case = Case((50, 33), 4, 1, dtype=torch.bfloat16, head_dim=16)
+    args = (attend, 4, case, "causal documents", "zigzag", strategy)
+    wide, narrow = run_ranks(*args), run_ranks(*args, gradient_dtype=torch.bfloat16)
+    for a, b in zip(wide, narrow, strict=True):
+        assert torch.equal(a["out"], b["out"])
+        assert torch.equal(a["dq"], b["dq"])
+        if strategy != "ulysses":
+            assert a["all_bytes"]["dkv"] == 2 * b["all_bytes"]["dkv"]
+    allowed = dense_mask(mask_of("causal documents", case), case)
+    assert_as_good_as_torch(together(wide, case), case, allowed)
+    want, got = exact(case, allowed), together(narrow, case)
+    assert 0 < error(got["dk"], want["dk"]) < 4 * torch.finfo(torch.bfloat16).eps
+    # The kernel's own parts have 16 bits anyway; only sums that travel lose some.
+    same = all(torch.equal(a["dk"], b["dk"]) for a, b in zip(wide, narrow, strict=True))
+    assert same == (not strategy.startswith("ring"))
+
+
 def test_the_error_does_not_grow_with_the_ranks():
     case = Case((300,), dtype=torch.bfloat16, head_dim=16)
     want = exact(case, dense_mask(Causal(), case))
