@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model
+from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.plan import Plan
+from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import (
     TrainState,
     find_checkpoint,
@@ -47,6 +50,7 @@ from dist_attn.training.setup import (
 )
 from dist_attn.training.step import StepResult, StepRunner
 from dist_attn.training.stop import StopRequest
+from dist_attn.training.watchdog import Mark, watching
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +132,8 @@ def run_training(
         with runtime.together():
             folder.check_visible()
         try:
-            run.go(state)
+            with watching(runtime, config.run.timeout_s) as mark:
+                run.go(state, mark)
         finally:
             run.close()
 
@@ -167,6 +172,7 @@ class _Run:
         self._plans = plans
         self._pool = GroupPool(64 * config.engine.tensor_parallel_degree)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
+        self._mark: Mark
         self._engine: Engine
         self._runner: StepRunner
         with runtime.together():
@@ -190,10 +196,13 @@ class _Run:
             self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self._engine, runtime)
-        self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool)
+        shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
+        rules = layer_rules_of(config, shape)
+        self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool, rules)
 
-    def go(self, state: TrainState) -> None:
+    def go(self, state: TrainState, mark: Mark) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
+        self._mark = mark
         steps = self._config.run.steps
         if not self._runtime.is_main:
             self._steps(state, None)
@@ -223,13 +232,16 @@ class _Run:
         ids, following = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
         for step in range(state.step, self._config.run.steps):
             begun = time.perf_counter()
+            self._mark(step, "planning")
             plan, waited_s = self._plans.take(step, self._lengths(ids))
             next_ids, after = self._sampler.batch(following)
             if step + 1 < self._config.run.steps:
                 self._plans.prepare(step + 1, self._lengths(next_ids))
-            result = self._runner.accumulate(plan, ids)
+            result = self._runner.accumulate(plan, ids, partial(self._mark, step))
+            self._mark(step, "the optimizer")
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
             norm = self._engine.step(lr)
+            self._mark(step, "the exchange of metrics")
             reports = self._exchange(time.perf_counter() - begun, result)
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
             if reporter is not None:
@@ -293,6 +305,7 @@ class _Run:
         at_end = config.at_end and state.step == self._config.run.steps
         if not (due or at_end or stopping):
             return None
+        self._mark(state.step, "writing a checkpoint")
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
         )

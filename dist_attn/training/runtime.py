@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dist_attn.config import RunConfig
 from dist_attn.errors import ConfigError, UserError
+from dist_attn.training.meeting import meet
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
+    #: Where ranks leave each other notes beside the collectives; none in a group made elsewhere.
+    store: dist.Store | None = None
+    #: Every rank's node.
+    nodes: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -77,13 +82,15 @@ def start_runtime(config: RunConfig) -> Runtime:
 
     Raises:
         ConfigError: no such description, or the devices asked for are not there.
+        NodeError: a rank did not come.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     missing = [n for n in names if n not in os.environ]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} not set: start ranks by `torchrun --nproc-per-node N "
-            f"launch/train.py --cfg FILE` or by `dist-attn train --cfg FILE`"
+            f"launch/train.py --cfg FILE`, by `dist-attn train --cfg FILE`, or by srun as in "
+            f"launch/slurm"
         )
     rank, world_size, local_rank, local_world_size = (int(os.environ[n]) for n in names)
     device = choose_device(config.device, local_rank)
@@ -91,14 +98,17 @@ def start_runtime(config: RunConfig) -> Runtime:
         torch.cuda.set_device(device)
     shared = device.type == "cuda" and local_world_size > torch.cuda.device_count()
     backend = "nccl" if device.type == "cuda" and not shared else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout_s))
+    store, nodes = meet(rank, world_size, config.timeout_s)
+    # The watchdog, which says more, comes first.
+    timeout = datetime.timedelta(seconds=1.5 * config.timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if shared and rank == 0:
         logger.warning(
             "%d ranks share %d GPUs: communication goes through the host (gloo), for tests only",
             local_world_size,
             torch.cuda.device_count(),
         )
-    return Runtime(rank, world_size, local_rank, local_world_size, device)
+    return Runtime(rank, world_size, local_rank, local_world_size, device, store, tuple(nodes))
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

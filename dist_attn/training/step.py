@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
 from dist_attn.masks import Causal, Documents
+from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.topology import Topology
@@ -39,19 +41,30 @@ class StepRunner:
     """Carries out plans on one rank."""
 
     def __init__(
-        self, engine: Engine, corpus: Corpus, config: Config, runtime: Runtime, pool: GroupPool
+        self,
+        engine: Engine,
+        corpus: Corpus,
+        config: Config,
+        runtime: Runtime,
+        pool: GroupPool,
+        rules: LayerRules | None = None,
     ) -> None:
         self._engine = engine
         self._corpus = corpus
         self._config = config
         self._runtime = runtime
         self._pool = pool
+        self._rules = rules
         self._topology = Topology(
             runtime.world_size, runtime.rank, config.engine.tensor_parallel_degree
         )
 
-    def accumulate(self, plan: Plan, document_ids: IntArray) -> StepResult:
+    def accumulate(
+        self, plan: Plan, document_ids: IntArray, mark: Callable[[str], None] = lambda _: None
+    ) -> StepResult:
         """Forward and backward of the whole step; the gradients are then those of its mean loss.
+
+        Tells `mark` what it is about to do.
 
         A rank that is in no group of a micro-batch runs one token of padding, whose loss and
         gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch.
@@ -64,11 +77,13 @@ class StepRunner:
         tokens = padding = 0
         last = len(plan.micro_batches) - 1
         for index, micro_batch in enumerate(plan.micro_batches):
+            mark(f"forward of micro-batch {index}")
             batch, context = self._local(micro_batch, document_ids)
             watch.start()
             loss = self._forward(batch, context)
             watch.stop()
             loss_sum += loss.detach().double()
+            mark(f"backward of micro-batch {index}")
             # A step of one-token documents predicts nothing; its gradients are zero.
             self._engine.backward(loss, max(total, 1), last=index == last)
             tokens += batch.local_seq_len
@@ -76,6 +91,7 @@ class StepRunner:
         # Ranks that hold one model between them have the same loss: one of them counts.
         if self._topology.tensor_rank:
             loss_sum.zero_()
+        mark("the sum of the losses")
         dist.all_reduce(loss_sum)
         mean = float(loss_sum) / max(total, 1)
         if not math.isfinite(mean):
@@ -110,7 +126,9 @@ class StepRunner:
             layout_kind=self._layout_kind(group),
             pad_to_multiple=self._config.data.pad_to_multiple,
         )
-        context = local_context(batch, comm, deterministic=self._config.attention.deterministic)
+        context = local_context(
+            batch, comm, self._rules, deterministic=self._config.attention.deterministic
+        )
         return batch.to(self._runtime.device, non_blocking=True), context
 
     def _comm_group(self, group: Group | None) -> CommGroup:
@@ -120,23 +138,33 @@ class StepRunner:
 
     def _layout_kind(self, group: Group | None) -> str:
         # All-to-all gives each rank whole sequences of some heads: any layout is balanced.
-        if group is None or group.strategy != "ring":
+        if group is None or group.strategy not in ("ring", "gather"):
             return "contiguous"
         return self._config.attention.ring_layout
 
 
 def local_context(
-    batch: LocalBatch, comm: CommGroup, *, deterministic: bool = False
+    batch: LocalBatch,
+    comm: CommGroup,
+    rules: LayerRules | None = None,
+    *,
+    deterministic: bool = False,
 ) -> AttentionContext:
-    """How the attention of a batch is carried out: causal inside each document."""
-    return AttentionContext(
-        mask=Documents(batch.cu_seqlens.numpy()) & Causal(),
+    """How the attention of a batch is carried out: causal inside each document, or as rules say."""
+    cu_seqlens = batch.cu_seqlens.numpy()
+    whole = AttentionContext(
+        mask=Documents(cu_seqlens) & Causal(),
         layout=batch.layout,
         group=comm,
         strategy=batch.strategy,
         deterministic=deterministic,
         num_padding=batch.num_padding,
     )
+    if rules is None:
+        return whole
+    # Layers of one rule share a mask object, and with it everything that is worked out from it.
+    by_rule = {rule: replace(whole, mask=rules.mask(rule, cu_seqlens)) for rule in rules.distinct}
+    return replace(whole, layers=tuple(by_rule[rule] for rule in rules.of_layer))
 
 
 class _Stopwatch:
