@@ -13,23 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dist_attn.config_masks import LayerMaskConfig, NonNegative, Positive, Section
 from dist_attn.errors import ConfigError
 
-Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 T = typing.TypeVar("T", bound=BaseModel)
-Strategy = Literal["ring", "ulysses"]
+Strategy = Literal["ring", "ulysses", "gather"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """What is run, where its results go, and on which devices."""
 
     dir: str = "runs/default"
@@ -40,7 +35,7 @@ class RunConfig(_Section):
     timeout_s: PositiveFloat = 600.0
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A Llama-type decoder, built from these sizes or loaded from a local checkpoint folder."""
 
     #: A folder with config.json and safetensors; the sizes below are then read from it.
@@ -81,7 +76,7 @@ class ModelConfig(_Section):
         return self.head_dim or self.hidden_size // self.num_heads
 
 
-class CorpusConfig(_Section):
+class CorpusConfig(Section):
     """Where the documents come from."""
 
     #: stdlib: Python's own source files. text: a folder, one document per file. jsonl and parquet:
@@ -102,7 +97,7 @@ class CorpusConfig(_Section):
         return self
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """The size of a global batch; exactly one of the two."""
 
     documents: Positive | None = None
@@ -116,7 +111,7 @@ class BatchConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The corpus, its tokens, and what makes a global batch."""
 
     corpus: CorpusConfig = CorpusConfig()
@@ -133,15 +128,18 @@ class DataConfig(_Section):
     pad_to_multiple: Positive = 1
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """How attention may be carried out inside a group."""
 
     strategies: Annotated[list[Strategy], Field(min_length=1)] = ["ring", "ulysses"]
     ring_layout: Literal["zigzag", "contiguous"] = "zigzag"
     deterministic: bool = False
+    #: What the queries of some layers see inside their document; later entries win, and layers that
+    #: none names are causal.
+    masks: list[LayerMaskConfig] = []
 
 
-class PlannerConfig(_Section):
+class PlannerConfig(Section):
     """How each global batch is scattered over the ranks."""
 
     #: `planned`: per batch by MILP. `static`: every document on groups of `static_degree` ranks.
@@ -166,7 +164,7 @@ class PlannerConfig(_Section):
         return self
 
 
-class DeviceConfig(_Section):
+class DeviceConfig(Section):
     """One kind of device: what it computes, holds and moves."""
 
     #: Dense matrix rate in the training dtype, and the shares of it that a layer's matrix products
@@ -179,14 +177,14 @@ class DeviceConfig(_Section):
     reserved_gib: Annotated[float, Field(ge=0)] = 4.0
 
 
-class LinkConfig(_Section):
+class LinkConfig(Section):
     """What one device can send while it receives as much."""
 
     bandwidth_gb_per_s: PositiveFloat
     latency_us: Annotated[float, Field(ge=0)] = 10.0
 
 
-class NodesConfig(_Section):
+class NodesConfig(Section):
     """Equal nodes, `count` of them."""
 
     count: Positive
@@ -196,7 +194,7 @@ class NodesConfig(_Section):
     device: str
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """A cluster, here or elsewhere: nodes, devices and links."""
 
     nodes: Annotated[list[NodesConfig], Field(min_length=1)]
@@ -216,7 +214,7 @@ class ClusterConfig(_Section):
         return sum(n.count * n.devices_per_node for n in self.nodes)
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """The training engine and its sharding."""
 
     name: Literal["deepspeed", "megatron"] = "deepspeed"
@@ -250,7 +248,7 @@ class EngineConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW or SGD with a warm-up and a decay."""
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -265,7 +263,7 @@ class OptimizerConfig(_Section):
     min_lr_ratio: Fraction = 0.1
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When checkpoints are written and how many are kept."""
 
     #: 0: none but the one at the end.
@@ -274,7 +272,7 @@ class CheckpointConfig(_Section):
     at_end: bool = True
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What is shown and recorded."""
 
     tensorboard: bool = True
@@ -283,7 +281,7 @@ class LoggingConfig(_Section):
     progress_bar: bool = True
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
@@ -317,6 +315,11 @@ class Config(_Section):
 
     def _check_tensor_parallel(self) -> None:
         degree = self.engine.tensor_parallel_degree
+        if degree > 1 and any(m.differs_by_head for m in self.attention.masks):
+            raise ValueError(
+                f"attention.masks that differ by head need engine.tensor_parallel_degree 1, got "
+                f"{degree}; use causal and window masks, or context parallelism alone"
+            )
         if self.model.checkpoint is not None:
             return  # Its sizes are checked when it is read.
         for key in ("num_heads", "num_kv_heads", "intermediate_size"):

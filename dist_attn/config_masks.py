@@ -52,8 +52,9 @@ class LayerMaskConfig(Section):
     def _complete(self) -> LayerMaskConfig:
         needed, optional = _NEEDS[self.kind]
         missing = [key for key in needed if getattr(self, key) is None]
-        given = self.model_fields_set - {"layers", "kind"}
-        foreign = sorted(given - {*needed, *optional})
+        fields = type(self).model_fields.items()
+        given = {key for key, field in fields if getattr(self, key) != field.default}
+        foreign = sorted(given - {"layers", "kind", *needed, *optional})
         if missing or foreign:
             what = f"lacks {', '.join(missing)}" if missing else f"takes no {', '.join(foreign)}"
             raise ValueError(f"kind '{self.kind}' {what}; its keys are {[*needed, *optional]}")
@@ -75,6 +76,11 @@ class LayerMaskConfig(Section):
         found = self._slice()
         assert found is not None
         return list(range(num_layers))[found]
+
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether some heads see what others do not."""
+        return self.kind not in ("causal", "window")
 
     def check_heads(self, num_heads: int) -> None:
         """Raise ValueError when the heads named are not the model's."""

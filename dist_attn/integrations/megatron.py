@@ -55,7 +55,13 @@ class PackedContext(PackedSeqParams):
 class DistAttention(MegatronModule):
     """A `core_attention` that carries out the attention context of the micro-batch."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ):
         super().__init__(config=config)
         if config.context_parallel_size != 1:
             raise ConfigError(
@@ -71,6 +77,8 @@ class DistAttention(MegatronModule):
                 f"window_size {config.window_size} is not read here; say what may attend to what "
                 f"by the mask of the attention context"
             )
+        #: Counted from 1, as Megatron does.
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -110,6 +118,7 @@ class DistAttention(MegatronModule):
         context = _context_of(packed_seq_params).attention_context
         assert context is not None
         q, k, v = (x.squeeze(1) for x in (query, key, value))
+        context = context.of_layer(self.layer_number - 1)
         out_LHD = attend_with_context(q, k, v, context, softmax_scale=self.softmax_scale)
         return out_LHD.flatten(1).unsqueeze(1)
 

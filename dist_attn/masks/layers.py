@@ -22,7 +22,7 @@ _LENGTH_RATIO = 1.15
 
 @dataclass(frozen=True, eq=False)
 class LocalBlocks(IntervalRule):
-    """A query sees its own block and `num_blocks - 1` before it, counted from its document's start."""
+    """A query sees its own block and `num_blocks - 1` before it, from its document's start on."""
 
     cu_seqlens: IntArray
     block: int
@@ -76,15 +76,42 @@ class DocumentStride(Mask):
         return np.stack([lo, np.minimum(lo + self.block, np.repeat(ends, counts))], axis=1)
 
 
+@dataclass(frozen=True)
+class LayerRules:
+    """The rules of a model's layers.
+
+    Attributes:
+        rules: the rules that occur.
+        of_layer: for each layer, the index of its rule among them.
+    """
+
+    rules: tuple[LayerMaskConfig, ...]
+    of_layer: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+
+    @property
+    def distinct(self) -> range:
+        """The numbers of the rules."""
+        return range(len(self.rules))
+
+    def mask(self, rule: int, cu_seqlens: Sequence[int] | IntArray) -> Mask:
+        """The mask of a rule over packed documents."""
+        return document_mask(self.rules[rule], cu_seqlens, self.num_heads, self.num_kv_heads)
+
+
 def layer_rules(
-    configs: Sequence[LayerMaskConfig], num_layers: int, num_heads: int
-) -> tuple[LayerMaskConfig, ...]:
-    """The rule of each layer; later entries win, and layers that none names are causal.
+    configs: Sequence[LayerMaskConfig], num_layers: int, num_heads: int, num_kv_heads: int
+) -> LayerRules | None:
+    """The rule of each layer; None where all layers are causal.
+
+    Later entries win, and layers that none names are causal.
 
     Raises:
         ConfigError: an entry names layers or heads that the model does not have.
     """
-    rules = [LayerMaskConfig(kind="causal")] * num_layers
+    rules = [LayerMaskConfig(kind="causal"), *configs]
+    of_layer = [0] * num_layers
     for index, config in enumerate(configs):
         try:
             config.check_heads(num_heads)
@@ -92,8 +119,16 @@ def layer_rules(
         except ValueError as error:
             raise ConfigError(f"attention.masks.{index}: {error}") from None
         for number in numbers:
-            rules[number] = config
-    return tuple(rules)
+            of_layer[number] = index + 1
+    used = sorted(set(of_layer))
+    if all(rules[i].kind == "causal" for i in used):
+        return None
+    return LayerRules(
+        rules=tuple(rules[i] for i in used),
+        of_layer=tuple(used.index(i) for i in of_layer),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+    )
 
 
 def document_mask(
@@ -126,31 +161,24 @@ def document_mask(
     return PerHead(tuple(causal if h in dense_heads else sparse for h in range(num_heads)))
 
 
-def mean_area(
-    rules: Sequence[LayerMaskConfig], num_heads: int, num_kv_heads: int, longest: int
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Allowed pairs of a document, averaged over layers and heads, at lengths up to `longest`.
+def mean_area(rules: LayerRules | None, longest: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Allowed pairs of a document, the mean of layers and heads, at lengths up to `longest`.
 
     Returns:
-        Lengths, growing by about a sixth, and the area at each; between them areas are close to
-        linear. Counted, not derived: every rule costs what its mask lets through.
+        Lengths, growing by about a sixth, and the area at each: counted, not derived, so that every
+        rule costs what its mask lets through. Both empty where all layers are causal.
     """
+    if rules is None:
+        return (), ()
     lengths = [_FIRST_LENGTH]
     while lengths[-1] < longest:
         lengths.append(min(int(lengths[-1] * _LENGTH_RATIO) + 1, longest))
-    distinct = {id(rule): rule for rule in rules}
-    weight = {key: sum(id(r) == key for r in rules) / len(rules) for key in distinct}
+    shares = [rules.of_layer.count(r) / len(rules.of_layer) for r in rules.distinct]
     areas = []
     for n in lengths:
-        total = 0.0
-        for key, rule in distinct.items():
-            if rule.kind == "causal":
-                mean = n * (n + 1) / 2
-            else:
-                mask = document_mask(rule, [0, n], num_heads, num_kv_heads)
-                mean = mask.total_area(n, num_heads) / num_heads
-            total += weight[key] * mean
-        areas.append(total)
+        by_rule = [rules.mask(r, [0, n]).total_area(n, rules.num_heads) for r in rules.distinct]
+        total = sum(s * a for s, a in zip(shares, by_rule, strict=True))
+        areas.append(total / rules.num_heads)
     return tuple(lengths), tuple(areas)
 
 

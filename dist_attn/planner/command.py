@@ -8,9 +8,11 @@ from rich.console import Console
 
 from dist_attn.config import ClusterConfig, Config
 from dist_attn.errors import ConfigError, PlanError
+from dist_attn.masks.layers import LayerRules, layer_rules, mean_area
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.lengths import read_lengths
+from dist_attn.planner.mask_picture import mask_figure
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
 from dist_attn.planner.shape import ModelShape
@@ -22,19 +24,27 @@ def run_plan_command(
 ) -> Plan:
     """Plan the lengths of a file, print the plan, and write plan.json, plan.png and plan.html.
 
+    Masks of layers are drawn as masks.png.
+
     Raises:
         UserError: the configuration, the lengths or the batch is refused; nothing is written then.
     """
     console = console or Console(highlight=False)
     lengths = read_lengths(lengths_file)
     cluster = described_cluster(config)
-    cost = cost_model(config, cluster)
+    config = config.on("cpu" if all(d.name == "cpu" for d in cluster.devices) else "cuda")
+    shape = ModelShape.from_config(config.model)
+    rules = layer_rules_of(config, shape)
+    cost = cost_model(config, cluster, shape, rules, longest=max(lengths, default=0))
     strategies = config.attention.strategies
     found = plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
     static = static_plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
     print_plan(found, static, console)
     try:
-        files = write_preview(found, static, out)
+        files = [*write_preview(found, static, out)]
+        if rules is not None:
+            files.append(Path(out) / "masks.png")
+            mask_figure(rules).savefig(files[-1], dpi=120)
     except OSError as error:
         raise PlanError(f"cannot write into {out}: {error}") from None
     console.print("wrote " + ", ".join(str(f) for f in files), soft_wrap=True)
@@ -55,11 +65,25 @@ def described_cluster(config: Config) -> Cluster:
     return Cluster.from_config(config.cluster)
 
 
-def cost_model(config: Config, cluster: Cluster, vocab_size: int | None = None) -> CostModel:
-    """The derived cost model of a run."""
+def layer_rules_of(config: Config, shape: ModelShape) -> LayerRules | None:
+    """What each layer of the model sees; None where all are causal.
+
+    Raises:
+        ConfigError: `attention.masks` names layers or heads that the model does not have.
+    """
+    return layer_rules(
+        config.attention.masks, shape.num_layers, shape.num_heads, shape.num_kv_heads
+    )
+
+
+def cost_model(
+    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
+) -> CostModel:
+    """The derived cost model of a run whose documents have up to `longest` tokens."""
     return CostModel.derive(
-        ModelShape.from_config(config.model, vocab_size),
+        shape,
         cluster,
         config.engine.zero_stage,
         config.planner.max_tokens_per_device,
+        mean_area(rules, longest),
     )

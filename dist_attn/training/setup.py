@@ -13,7 +13,7 @@ from dist_attn.config import ClusterConfig, Config
 from dist_attn.data import Corpus, open_corpus
 from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
 from dist_attn.planner.cluster import Cluster, local_cluster
-from dist_attn.planner.cost import CostModel
+from dist_attn.planner.command import cost_model, layer_rules_of
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
@@ -77,9 +77,8 @@ def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> Planni
     names = runtime.gather(_device_name(runtime))
     with runtime.together():
         cluster = tensor_parallel_cluster(_cluster(config, runtime, names), shape, degree)
-        cost = CostModel.derive(
-            shape, cluster, config.engine.zero_stage, config.planner.max_tokens_per_device
-        )
+        rules = layer_rules_of(config, whole)
+        cost = cost_model(config, cluster, shape, rules, config.data.max_document_tokens)
     return PlanningProblem(
         cluster, cost, config.planner, tuple(config.attention.strategies), config.run.seed
     )

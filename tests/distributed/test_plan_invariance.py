@@ -21,7 +21,10 @@ from dist_attn.data import build_local_batch, open_corpus, valid_tokens
 from dist_attn.groups import GroupPool, single_rank_group
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
 from dist_attn.integrations.hf import build_model
+from dist_attn.masks.layers import LayerRules
+from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
+from dist_attn.planner.shape import ModelShape
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.step import StepRunner, local_context
 from tests.ranks import run_ranks
@@ -45,8 +48,11 @@ PLANS: dict[str, list[list[tuple[int, ...]]]] = {
 STRATEGIES = ("ring", "ulysses")
 
 
-def config_of(stage: int, cache: str, pad: int = 1, dtype: str = "fp32") -> Config:
+def config_of(
+    stage: int, cache: str, pad: int = 1, dtype: str = "fp32", masks: tuple = ()
+) -> Config:
     return Config(
+        attention={"masks": list(masks)},
         model=ModelConfig(dtype=dtype, num_heads=4, num_kv_heads=2),
         data=DataConfig(
             max_document_tokens=700, overlong="split", cache_dir=cache, pad_to_multiple=pad
@@ -90,16 +96,20 @@ def make_plan(name: str, strategy: str, lengths: tuple[int, ...], layouts: int =
     return Plan(lengths, 4, micro_batches, 1.0, 1.0, SolverReport("test"), "", "")
 
 
-def reference(cache: str) -> tuple[float, dict[str, Tensor]]:
+def rules_of(config: Config) -> LayerRules | None:
+    return layer_rules_of(config, ModelShape.from_config(config.model, 257))
+
+
+def reference(cache: str, masks: tuple = ()) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by plain autograd over all documents, in this process alone."""
-    config = config_of(0, cache)
+    config = config_of(0, cache, masks=masks)
     corpus = open_corpus(config.data, Path(cache))
     ids = documents_of(corpus.lengths)
     model = build_model(config.model, corpus.vocab_size, seed=3)
     lengths = corpus.lengths[ids]
     group = Group((0,), "local", tuple(range(len(ids))), int(lengths.sum()), 0.0, 0.0, 0.0, 0)
     batch = build_local_batch(corpus, ids, group)
-    context: AttentionContext = local_context(batch, single_rank_group(0))
+    context: AttentionContext = local_context(batch, single_rank_group(0), rules_of(config))
     loss = model(batch.input_ids, batch.shift_labels, batch.position_ids, context)
     mean = loss / valid_tokens(lengths)
     mean.backward()
@@ -123,9 +133,10 @@ def run_plans(
     pad: int,
     device: str = "cpu",
     dtype: str = "fp32",
+    masks: tuple = (),
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Errors of every case, on one engine; and of a control whose loss weight is wrong."""
-    config = config_of(stage, cache, pad, dtype)
+    config = config_of(stage, cache, pad, dtype, masks)
     rank, size = dist.get_rank(), dist.get_world_size()
     runtime = Runtime(rank, size, rank, size, torch.device(device))
     corpus = open_corpus(config.data, Path(cache))
@@ -135,13 +146,13 @@ def run_plans(
         build_model(config.model, corpus.vocab_size, seed=3), config, runtime.device
     )
     pool = GroupPool()
-    runner = StepRunner(engine, corpus, config, runtime, pool)
+    runner = StepRunner(engine, corpus, config, runtime, pool, rules_of(config))
     found = {}
     for name, strategy in cases:
         wrong = _WrongWeight(engine, rank) if name == "control" else None
         plan = make_plan("2+1+1" if wrong else name, strategy, lengths)
         if wrong:
-            runner = StepRunner(wrong, corpus, config, runtime, pool)
+            runner = StepRunner(wrong, corpus, config, runtime, pool, rules_of(config))
         result = runner.accumulate(plan, ids)
         gradients = {n: engine.full_gradient(n).cpu().clone() for n in expected[1]}
         found[name, strategy] = errors(result.loss, gradients, expected)
@@ -210,6 +221,24 @@ def test_bf16(cache: str, expected: tuple[float, dict[str, Tensor]], stage: int)
             assert loss_error <= BF16_LOSS_TOLERANCE, case
             assert gradient_error <= BF16_GRADIENT_TOLERANCE, case
         assert control[0] > 5 * BF16_LOSS_TOLERANCE
+
+
+def test_masks_of_layers(cache: str, expected: tuple[float, dict[str, Tensor]]) -> None:
+    """One S2 layer whose heads differ, one with a window and sinks, under every strategy."""
+    masks = (
+        {"kind": "s2", "block_tokens": 16, "local_blocks": 2, "stride_blocks": 4},
+        {"kind": "window", "layers": [1], "window_tokens": 50, "sink_tokens": 3},
+    )
+    sparse = run_ranks(reference, 1, cache, masks)[0]
+    cases = [(name, s) for name in ("2+1+1", "4 | 2+2 | 1") for s in (*STRATEGIES, "gather")]
+    found = run_ranks(run_plans, 4, cache, 2, cases, sparse, 1, "cpu", "fp32", masks, timeout_s=120)
+    for by_case in found:
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+    # The control: without the masks the gradients are others.
+    _, different = errors(expected[0], expected[1], sparse)
+    assert different > 100 * GRADIENT_TOLERANCE
 
 
 def test_the_reference_separates_documents(cache: str) -> None:

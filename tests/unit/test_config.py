@@ -61,7 +61,7 @@ def test_cluster_file_beside_the_configuration(tmp_path: Path) -> None:
         ("run: {steps: 0}", "run.steps: .*greater than 0, got int 0"),
         ("run: {steps: 1.5}", "run.steps: .*got float 1.5"),
         ("engine: {zero_stage: 4}", "engine.zero_stage: .*0, 1, 2 or 3, got int 4"),
-        ("attention: {strategies: [rings]}", r"attention.strategies.0: .*'ring' or 'ulysses'"),
+        ("attention: {strategies: [rings]}", r"attention.strategies.0: .*'ulysses' or 'gather'"),
         ("attention: {strategies: []}", "attention.strategies: .*at least 1"),
         ("model: {num_heads: 4, num_kv_heads: 3}", "num_heads must be a multiple"),
         ("data: {batch: {tokens: 10, documents: 3}}", "exactly one of"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Lower rows may import higher ones, not the other way round.
 ROWS = [
     ["dist_attn_kernels"],
-    ["dist_attn.config", "dist_attn.errors"],
+    ["dist_attn.config", "dist_attn.config_masks", "dist_attn.errors"],
     ["dist_attn.masks", "dist_attn.layout", "dist_attn.groups"],
     ["dist_attn.comm"],
     ["dist_attn.attention"],
@@ -25,7 +25,14 @@ ROWS = [
 #: Only integrations may import these.
 FRAMEWORKS = ("transformers", "deepspeed", "megatron", "peft")
 #: What `dist-attn plan` and the solver's process import must not bring torch along.
-WITHOUT_TORCH = ["dist_attn.config", "dist_attn.errors", "dist_attn.planner", "dist_attn.layout"]
+WITHOUT_TORCH = [
+    "dist_attn.config",
+    "dist_attn.config_masks",
+    "dist_attn.errors",
+    "dist_attn.masks",
+    "dist_attn.planner",
+    "dist_attn.layout",
+]
 
 
 def modules() -> list[tuple[str, Path]]:

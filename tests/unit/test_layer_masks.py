@@ -9,6 +9,9 @@ from pydantic import ValidationError
 from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.errors import ConfigError
 from dist_attn.masks.layers import document_mask, layer_rules, mean_area
+from dist_attn.planner.cluster import local_cluster
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.shape import ModelShape
 
 S2 = {"kind": "s2", "block_tokens": 4, "local_blocks": 2, "stride_blocks": 3}
 RULES = [
@@ -54,13 +57,33 @@ def test_a_document_sees_the_same_wherever_it_is_packed(settings: dict) -> None:
 
 
 def test_areas_are_counted() -> None:
-    rules = layer_rules([LayerMaskConfig(**S2), LayerMaskConfig(layers="::2", kind="causal")], 3, 4)
-    assert [r.kind for r in rules] == ["causal", "s2", "causal"]
-    lengths, areas = mean_area(rules, 4, 2, longest=100)
+    configs = [LayerMaskConfig(**S2), LayerMaskConfig(layers="::2", kind="causal")]
+    rules = layer_rules(configs, 3, 4, 2)
+    assert [rules.rules[r].kind for r in rules.of_layer] == ["causal", "s2", "causal"]
+    lengths, areas = mean_area(rules, longest=100)
     assert lengths[-1] == 100
     n = lengths[5]
-    sparse = np.mean([expected(rules[1], n, head).sum() for head in range(4)])
+    sparse = np.mean([expected(configs[0], n, head).sum() for head in range(4)])
     assert areas[5] == pytest.approx((2 * n * (n + 1) / 2 + sparse) / 3)
+    assert layer_rules([], 3, 4, 2) is None
+    assert layer_rules([configs[0], LayerMaskConfig(kind="causal")], 3, 4, 2) is None
+    assert mean_area(None, 100) == ((), ())
+
+
+def test_the_cost_of_a_length_between_counted_ones() -> None:
+    rules = layer_rules([LayerMaskConfig(**S2)], 1, 4, 2)
+    cluster = local_cluster(2, ["cpu"] * 2, 2)
+    shape = ModelShape(64, 176, 1, 4, 2, 16, 257)
+    dense = CostModel.derive(shape, cluster, 2)
+    sparse = CostModel.derive(shape, cluster, 2, areas=mean_area(rules, 500))
+    for n in (7, 16, 100, 333, 500, 700):
+        mask = document_mask(rules.rules[0], [0, n], 4, 2)
+        exact = mask.total_area(n, 4) / 4
+        pairs = [float(c._pairs(np.array([n]))[0]) for c in (dense, sparse)]
+        assert pairs[1] == pytest.approx(exact, rel=0.04)
+        assert pairs[0] == n * (n + 1) / 2
+    assert pairs[1] < 0.5 * pairs[0]
+    assert dense.fingerprint() != sparse.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -80,8 +103,8 @@ def test_incomplete_rules(settings: dict, says: str) -> None:
 
 def test_layers_and_heads_of_another_model() -> None:
     with pytest.raises(ConfigError, match=r"attention\.masks\.0: layers \[5\] of a model of 3"):
-        layer_rules([LayerMaskConfig(kind="causal", layers=[5])], 3, 4)
+        layer_rules([LayerMaskConfig(kind="causal", layers=[5])], 3, 4, 2)
     with pytest.raises(ConfigError, match=r"dense_heads \[4\] of a model of 4 heads"):
-        layer_rules([LayerMaskConfig(**S2, dense_heads=[4])], 3, 4)
+        layer_rules([LayerMaskConfig(**S2, dense_heads=[4])], 3, 4, 2)
     with pytest.raises(ConfigError, match="one window for each of 4 heads, got 1"):
-        layer_rules([LayerMaskConfig(kind="window_per_head", head_windows=[3])], 3, 4)
+        layer_rules([LayerMaskConfig(kind="window_per_head", head_windows=[3])], 3, 4, 2)
