@@ -7,7 +7,7 @@ torch operations do, a row of tiles at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from dist_attn.masks import Mask, TileLists, stretches, tile_lists
 
 #: Tokens of a tile's side in the torch path.
 TILE = 128
+#: Scores of a pattern up to which its rows are kept, a byte each.
+MAX_KEPT_SCORES = 1 << 25
 _GPU_HEAD_DIMS = range(16, 257, 8)
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,6 +37,14 @@ class _RowOfTiles:
     q: slice
     k: Rows
     allowed: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query heads of one pattern, and the key/value heads that they read in equal groups."""
+
+    q: Tensor | slice
+    kv: slice
 
 
 class TileStep:
@@ -55,6 +65,7 @@ class TileStep:
         self._q_positions = q_positions
         self._k_positions = k_positions
         self._lists: dict[Hashable, TileLists] = {}
+        self._kept_rows: dict[tuple[Hashable, torch.device], list[_RowOfTiles]] = {}
         self._block_sparse: dict[Hashable, BlockSparse] = {}
 
     def forward(
@@ -77,16 +88,15 @@ class TileStep:
         out = torch.zeros_like(q)
         lse_dtype = accumulation_dtype(q.dtype)
         lse = q.new_full((q.shape[1], len(q)), float("-inf"), dtype=lse_dtype)
-        for heads, kv_heads, first in self._head_groups(k):
-            for row in self._rows(first, q.device):
-                part = reference.attention_forward(
-                    q[row.q, heads],
-                    row.k.take(k)[:, kv_heads],
-                    row.k.take(v)[:, kv_heads],
-                    row.allowed,
-                    kernel.softmax_scale,
-                )
-                out[row.q, heads], lse[heads, row.q] = part
+        for heads, row in self._work(k):
+            part = reference.attention_forward(
+                q[row.q, heads.q],
+                row.k.take(k)[:, heads.kv],
+                row.k.take(v)[:, heads.kv],
+                row.allowed,
+                kernel.softmax_scale,
+            )
+            out[row.q, heads.q], lse[heads.q, row.q] = part
         total.add(everything, out, lse)
 
     def backward(self, kernel: Kernel, saved: Saved, total: Gradients) -> None:
@@ -103,33 +113,53 @@ class TileStep:
                 total.dv.add_all(dv)
             return
         dq, dk, dv = total.dq.wide(), total.dk.wide(), total.dv.wide()
-        for heads, kv_heads, first in self._head_groups(k):
-            for row in self._rows(first, q.device):
-                parts = reference.attention_backward(
-                    saved.dout[row.q, heads],
-                    q[row.q, heads],
-                    row.k.take(k)[:, kv_heads],
-                    row.k.take(v)[:, kv_heads],
-                    saved.out[row.q, heads],
-                    saved.lse[heads, row.q],
-                    row.allowed,
-                    kernel.softmax_scale,
-                )
-                dq[row.q, heads] += parts[0]
-                index = row.k.index(k.device)
-                for grad, part in ((dk, parts[1]), (dv, parts[2])):
-                    grad[index[:, None], kv_heads] += part
+        for heads, row in self._work(k):
+            parts = reference.attention_backward(
+                saved.dout[row.q, heads.q],
+                q[row.q, heads.q],
+                row.k.take(k)[:, heads.kv],
+                row.k.take(v)[:, heads.kv],
+                saved.out[row.q, heads.q],
+                saved.lse[heads.q, row.q],
+                row.allowed,
+                kernel.softmax_scale,
+            )
+            dq[row.q, heads.q] += parts[0]
+            for grad, part in ((dk, parts[1]), (dv, parts[2])):
+                some = row.k.take(grad)
+                some[:, heads.kv] += part
+                if row.k.run is None:  # then it was a copy
+                    row.k.put(grad, some)
 
-    def _head_groups(self, k: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Query heads of one pattern that share a key/value head, and one of them for the mask."""
+    def _work(self, k: Tensor) -> Iterator[tuple[_Heads, _RowOfTiles]]:
+        """Heads that are computed together, with each row of tiles of their pattern."""
         repeats = len(self._heads) // k.shape[1]
-        groups: dict[tuple[Hashable, int], list[int]] = {}
+        patterns: dict[Hashable, list[int]] = {}
         for i, head in enumerate(self._heads):
-            groups.setdefault((self._mask.pattern(head), i // repeats), []).append(i)
-        for (_, kv_head), members in groups.items():
-            yield torch.tensor(members), torch.tensor([kv_head]), self._heads[members[0]]
+            patterns.setdefault(self._mask.pattern(head), []).append(i)
+        for members in patterns.values():
+            groups = [_Heads(slice(None), slice(None))]
+            if len(patterns) > 1:
+                readers: dict[int, list[int]] = {}
+                for i in members:
+                    readers.setdefault(i // repeats, []).append(i)
+                groups = [_Heads(torch.tensor(q), slice(kv, kv + 1)) for kv, q in readers.items()]
+            for row in self._rows(self._heads[members[0]], k.device):
+                for heads in groups:
+                    yield heads, row
 
-    def _rows(self, head: int, device: torch.device) -> Iterator[_RowOfTiles]:
+    def _rows(self, head: int, device: torch.device) -> Iterable[_RowOfTiles]:
+        """Return a pattern's rows, kept for the next layer if they are not too large."""
+        key = (self._mask.pattern(head), device)
+        if key in self._kept_rows:
+            return self._kept_rows[key]
+        full, partial = self._tile_lists(head).counts()
+        if (full + partial) * TILE * TILE > MAX_KEPT_SCORES:
+            return self._make_rows(head, device)
+        self._kept_rows[key] = list(self._make_rows(head, device))
+        return self._kept_rows[key]
+
+    def _make_rows(self, head: int, device: torch.device) -> Iterator[_RowOfTiles]:
         row, key, full = self._tile_lists(head).expand()
         bounds = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
         for a, b in itertools.pairwise(bounds.tolist()):
