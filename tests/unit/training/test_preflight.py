@@ -1,0 +1,66 @@
+"""What the preflight makes of what the ranks found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dist_attn.config import ClusterConfig, LinkConfig, NodesConfig
+from dist_attn.training.preflight import Findings, Limits, judge
+
+GOOD = Findings(
+    node="n1", device="NVIDIA H100", ranks_per_device=1.0, versions=(("torch", "2.13.0"),),
+    config_hash="abc", free_gib=100.0, unwritable="", shared=True, clock_offset_s=0.001,
+    tflops=600.0, intra_node_bytes_per_s=300e9, inter_node_bytes_per_s=40e9,
+)  # fmt: skip
+CLUSTER = ClusterConfig(
+    nodes=[NodesConfig(count=3, devices_per_node=2, device="h100-80gb")],
+    intra_node=LinkConfig(bandwidth_gb_per_s=360.0),
+    inter_node=LinkConfig(bandwidth_gb_per_s=45.0),
+)
+
+
+def six_ranks(bad: int | None = None, **changes: object) -> list[Findings]:
+    everyone = [replace(GOOD, node=f"n{1 + rank // 2}") for rank in range(6)]
+    if bad is not None:
+        everyone[bad] = replace(everyone[bad], **changes)  # type: ignore[arg-type]
+    return everyone
+
+
+def test_good_nodes_pass() -> None:
+    assert judge(six_ranks(), Limits(), CLUSTER) == []
+    assert judge(six_ranks(), Limits(), None) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"free_gib": 3.0}, "3.0 GiB free"),
+        ({"unwritable": "Read-only file system"}, "Read-only"),
+        ({"shared": False}, "shared file system"),
+        ({"clock_offset_s": -7.5}, "-7.500 s off"),
+        ({"ranks_per_device": 8.0}, "share a GPU"),
+        ({"versions": (("torch", "2.11.0"),)}, "torch is 2.11.0, where most have 2.13.0"),
+        ({"versions": ()}, "torch is None"),
+        ({"config_hash": "xyz"}, "configuration is xyz"),
+        ({"tflops": 400.0}, "400 TFLOP/s, others 600"),
+        (
+            {"intra_node_bytes_per_s": 100e9},
+            "100.00 GB/s inside the node, the cluster promises 360",
+        ),
+        ({"inter_node_bytes_per_s": 5e9}, "5.00 GB/s to other nodes, the cluster promises 45"),
+        ({"node": "n9"}, "the cluster puts it on node 1"),
+    ],
+)
+def test_the_bad_node_is_named(changes: dict[str, object], words: str) -> None:
+    complaints = judge(six_ranks(3, **changes), Limits(), CLUSTER)
+    assert words in complaints[0].text
+    assert complaints[0].node == changes.get("node", "n2")
+    if "node" not in changes:
+        assert len(complaints) == 1
+
+
+def test_another_number_of_ranks_than_described() -> None:
+    complaints = judge(six_ranks()[:4], Limits(), CLUSTER)
+    assert "4 ranks came, the cluster describes 6" in complaints[0].text
