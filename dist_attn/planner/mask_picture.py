@@ -10,26 +10,29 @@ from matplotlib.figure import Figure
 from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.masks.layers import LayerRules
 
-#: Tokens of the document that is drawn, at the most: every pair is looked at.
-MAX_TOKENS = 2048
+#: Queries and keys that are looked at, evenly over the document that is drawn.
+_SAMPLES = 1024
 
 
-def mask_figure(rules: LayerRules, max_tokens: int = MAX_TOKENS) -> Figure:
+def mask_figure(rules: LayerRules) -> Figure:
     """Draw each rule over one document, dark where all heads see, light where some do."""
     count = len(rules.rules)
-    figure = Figure(figsize=(4.2 * count, 4.6), layout="constrained")
+    figure = Figure(figsize=(4.4 * count, 4.8), layout="constrained")
     for index, rule in enumerate(rules.rules):
-        tokens = min(_telling_length(rule), max_tokens)
+        tokens = _telling_length(rule)
+        positions = np.linspace(0, tokens - 1, min(tokens, _SAMPLES)).astype(np.int64)
         mask = rules.mask(index, [0, tokens])
         patterns = [mask.pattern(h) for h in range(rules.num_heads)]
-        seen = np.zeros((tokens, tokens))
+        seen = np.zeros((len(positions), len(positions)))
         for pattern in dict.fromkeys(patterns):
             head = patterns.index(pattern)
-            seen += mask.materialize(tokens, head) * (patterns.count(pattern) / len(patterns))
+            allowed = mask.allows(positions[:, None], positions[None, :], head)
+            seen += allowed * (patterns.count(pattern) / len(patterns))
         axes = figure.add_subplot(1, count, index + 1)
-        axes.imshow(seen, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(seen, cmap="Blues", vmin=0, vmax=1, extent=(0, tokens, tokens, 0))
         layers = [n for n, r in enumerate(rules.of_layer) if r == index]
-        axes.set_title(f"{rule.kind}: layers {_runs(layers)}", fontsize=10, loc="left")
+        title = f"{rule.kind}: {len(layers)} of {len(rules.of_layer)} layers"
+        axes.set_title(f"{title}\n{_short(_runs(layers))}", fontsize=10, loc="left")
         axes.set_xlabel("key (token of the document)")
         axes.set_ylabel("query")
     return figure
@@ -37,10 +40,14 @@ def mask_figure(rules: LayerRules, max_tokens: int = MAX_TOKENS) -> Figure:
 
 def _telling_length(rule: LayerMaskConfig) -> int:
     """Tokens in which the pattern repeats a few times."""
-    block = (rule.block_tokens or 1) * (rule.stride_blocks or 1)
+    block = rule.block_tokens or 1
     windows = [rule.window_tokens or 0, *(rule.head_windows or [])]
-    local = (rule.block_tokens or 0) * (rule.local_blocks or 0)
-    return max(128, 3 * block, 3 * max(windows), 3 * local)
+    spans = [block * (rule.stride_blocks or 1), block * (rule.local_blocks or 1), *windows]
+    return max(64, 6 * max(spans))
+
+
+def _short(text: str, limit: int = 44) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(",", 1)[0] + ", ..."
 
 
 def _runs(numbers: list[int]) -> str:

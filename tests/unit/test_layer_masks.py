@@ -11,6 +11,7 @@ from dist_attn.errors import ConfigError
 from dist_attn.masks.layers import document_mask, layer_rules, mean_area
 from dist_attn.planner.cluster import local_cluster
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.mask_picture import mask_figure
 from dist_attn.planner.shape import ModelShape
 
 S2 = {"kind": "s2", "block_tokens": 4, "local_blocks": 2, "stride_blocks": 3}
@@ -108,3 +109,13 @@ def test_layers_and_heads_of_another_model() -> None:
         layer_rules([LayerMaskConfig(**S2, dense_heads=[4])], 3, 4, 2)
     with pytest.raises(ConfigError, match="one window for each of 4 heads, got 1"):
         layer_rules([LayerMaskConfig(kind="window_per_head", head_windows=[3])], 3, 4, 2)
+
+
+def test_the_picture_has_a_panel_for_each_rule() -> None:
+    rules = layer_rules([LayerMaskConfig(**S2, layers="1:")], 6, 4, 2)
+    figure = mask_figure(rules)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["causal: 1 of 6 layers\n0", "s2: 5 of 6 layers\n1-5"]
+    drawn = figure.axes[1].images[0].get_array()
+    exact = np.mean([expected(rules.rules[1], 72, head) for head in range(4)], axis=0)
+    assert np.array_equal(drawn, exact)
