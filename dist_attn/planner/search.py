@@ -55,19 +55,44 @@ class Search:
         self.late = False
         self.steps = 0
 
-    def start(self, aim_s: float, num_batches: int) -> Arrangement | None:
-        """Insert the long documents, longest first, into batches that aim at one time.
+    def start(self, aim_s: float, num_batches: int, tries: int = 0) -> Arrangement | None:
+        """Insert the long documents, longest first, into batches that aim at some times.
+
+        Args:
+            aim_s: the time of a batch if all were equal, which is tried first.
+            num_batches: how many to begin with; more are opened as needed.
+            tries: how many more times to try, with times drawn around that one and the first batch
+                as long as the longest document needs in one of its classes.
 
         Returns:
-            The arrangement, or None when it takes more micro-batches than allowed.
+            The best arrangement, or None when all take more micro-batches than allowed.
         """
-        empty: list[Groups] = [[] for _ in range(num_batches)]
-        draft = _Draft(empty, [aim_s] * num_batches, self.fluid.default_price)
+        fluid = self.fluid
+        best = self._start([aim_s] * num_batches)
+        for k in range(tries if fluid.num_long else 0):
+            if time.monotonic() > self.deadline:
+                self.late = True
+                break
+            times = [
+                aim_s * math.exp(self.random.gauss(-0.2, 0.7))
+                for _ in range(num_batches + (k % 4 == 3))
+            ]
+            option = self.random.choice(fluid.options[0])
+            times[0] = fluid.fixed[option] + fluid.seconds[0][option]
+            found = self._start(times)
+            if found and (best is None or found.score.total < best.score.total):
+                best = found
+        return best
+
+    def _start(self, times: list[float]) -> Arrangement | None:
+        if len(times) > self.max_batches:
+            return None
+        draft = _Draft([[] for _ in times], times, self.fluid.default_price)
         self._prepare(draft)
         for i in range(self.fluid.num_long):
             if not self._insert(draft, i):
                 draft.batches.append([])
-                draft.times.append(aim_s)
+                draft.times.append(min(times))
                 self._prepare(draft)
                 if len(draft.batches) > self.max_batches or not self._insert(draft, i):
                     return None

@@ -29,7 +29,7 @@ class Effort:
     #: Ruin-and-recreate steps; a search that comes to rest early starts again with what is left.
     steps: int = 1000
     #: Branch-and-bound nodes of the lower bound; 0: only its root.
-    bound_nodes: int = 60
+    bound_nodes: int = 44
 
 
 def plan(
@@ -115,12 +115,13 @@ def _best_batches(
     count, aim_s = _start(program, fluid)
     # A step costs more where there are more groups.
     steps = max(min(effort.steps, effort.steps * 500 // max(fluid.num_long, 1)), 1)
+    tries = min(30, 5000 // max(fluid.num_long, 1))
     every = fluid.options
     few = fluid.options_among([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
     while search.steps < steps * 2 // 3 or not search.steps:
         # Degrees of all sizes refine what powers of two, which tile the nodes, have arranged.
         fluid.options = few
-        first = search.start(aim_s, count)
+        first = search.start(aim_s, count, tries)
         if first is None:
             break
         found = search.run(first, steps - search.steps)
