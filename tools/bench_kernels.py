@@ -2,7 +2,8 @@
 
     PYTHONPATH=kernels:. python tools/bench_kernels.py --cases s2-128k documents-64k --json out.json
 
-Rates count the scores that the mask keeps: 4 * head_dim operations each forward, 10 * head_dim backward.
+Rates count the scores that the mask keeps: 4 * head_dim operations each forward, 10 * head_dim
+backward.
 """
 
 from __future__ import annotations
@@ -204,8 +205,8 @@ def ours(backend: str) -> Peer:
 
 
 def flex(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
-    """torch's FlexAttention, compiled, with the same blocks and the same rule inside partial ones."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention  # noqa: PLC0415
+    """torch's FlexAttention, compiled, with the same blocks and the same rule inside partial."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     q, k, v = (t.transpose(0, 1).unsqueeze(0).detach().requires_grad_() for t in inputs[:3])
     dout = inputs[3].transpose(0, 1).unsqueeze(0)
@@ -247,10 +248,10 @@ def flex(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
 
 
 def sdpa(backend: str) -> Peer:
-    """Dense causal attention of torch, as a yardstick: it computes more scores than the mask keeps."""
+    """Dense causal attention of torch, a yardstick: it computes more scores than the mask keeps."""
 
     def prepare(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
-        from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: PLC0415
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
         which = SDPBackend.FLASH_ATTENTION if backend == "fa2" else SDPBackend.CUDNN_ATTENTION
         q, k, v = (t.transpose(0, 1).unsqueeze(0).detach().requires_grad_() for t in inputs[:3])
@@ -333,13 +334,14 @@ def main() -> None:
     about, rows = describe(), []
     print(about)
     print(
-        f"{'case':18} {'peer':12} {'density':>8} {'error':>8} {'fwd ms':>8} {'TF/s':>6} {'bwd ms':>8} {'TF/s':>6}"
+        f"{'case':18} {'peer':12} {'density':>8} {'error':>8} "
+        f"{'fwd ms':>8} {'TF/s':>6} {'bwd ms':>8} {'TF/s':>6}"
     )
     for name in args.cases:
         for peer in args.peers:
             try:
                 row = measure(name, peer)
-            except Exception as problem:  # noqa: BLE001
+            except Exception as problem:
                 row = {
                     "case": name,
                     "peer": peer,
@@ -356,7 +358,8 @@ def main() -> None:
                 )
             else:
                 print(
-                    f"{name:18} {peer:12} {row.get('problem', 'RED: error ' + str(row.get('error')))}",
+                    f"{name:18} {peer:12} "
+                    f"{row.get('problem', 'RED: error ' + str(row.get('error')))}",
                     flush=True,
                 )
             if args.json:

@@ -1,7 +1,8 @@
-"""Block-sparse attention over packed tokens: `(out, lse)` out, a foreign `(out, lse)` into the backward.
+"""Block-sparse attention over packed tokens, with a backward that takes a foreign out and lse.
 
 The tables of `lists.py` say which tiles count. On Hopper the kernels of `block_sparse_hopper*.py`
-run; everywhere else, and for what those do not cover, the Triton kernels of `block_sparse_triton.py`.
+run; everywhere else, and for what those do not cover, the Triton kernels of
+`block_sparse_triton.py`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def block_sparse_attention(
         backend: "auto" takes the Hopper kernels where they apply (see `why_not_hopper`).
 
     Returns:
-        out like q_THD, and lse float32 [heads, queries], natural log. A query without keys has out 0
-        and lse -inf.
+        out like q_THD, and lse float32 [heads, queries], natural log. A query without keys has
+        out 0 and lse -inf.
 
     Numerics: float32 accumulation in a fixed order; results and gradients repeat bit by bit.
     """
@@ -147,7 +148,7 @@ def block_sparse_backward(
 
 def why_not_hopper(q: Tensor, lists: BlockLists) -> str | None:
     """The reason why the Hopper kernels cannot take this call, or None."""
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if q.device.type != "cuda" or _generation(q.device.index or 0) != 9:
         return "they need a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"they take float16 and bfloat16, not {q.dtype}"
@@ -167,7 +168,7 @@ class _BlockSparse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         scale, backend = ctx.options
         grads = block_sparse_backward(
@@ -218,14 +219,14 @@ def _checked(
     ):
         raise ValueError(
             f"lists with {lists.num_mask_heads} mask heads on {lists.num_mask_kv_heads} key/value "
-            f"heads do not fit {heads} heads on {kv_heads}; build them with 1, {kv_heads} or {heads} "
-            f"mask heads, the last with heads_per_kv={heads // kv_heads}"
+            f"heads do not fit {heads} heads on {kv_heads}; build them with 1, {kv_heads} or "
+            f"{heads} mask heads, the last with heads_per_kv={heads // kv_heads}"
         )
     for name, t in zip("qkv", qkv, strict=True):
         if not _rows_contiguous(t):
             raise ValueError(
-                f"{name} must be contiguous inside a token and have a token stride that is a multiple "
-                f"of 8, got strides {t.stride()}; call .contiguous()"
+                f"{name} must be contiguous inside a token and have a token stride that is a "
+                f"multiple of 8, got strides {t.stride()}; call .contiguous()"
             )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if not scale > 0:
@@ -256,9 +257,15 @@ def _interval_stride(lists: BlockLists) -> int:
 
 
 @functools.lru_cache(maxsize=64)
+def _generation(index: int) -> int:
+    """Major compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)[0]
+
+
+@functools.lru_cache(maxsize=64)
 def _small_shared_memory(index: int) -> bool:
     """Whether a block gets less shared memory than an A100's 163 KiB (consumer cards)."""
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin < 160 * 1024
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin < 160 * 1024  # type: ignore[attr-defined]
 
 
 def _launch(call: _Call, q: Tensor, kind: str) -> dict[str, int]:
@@ -302,7 +309,8 @@ def _triton_backward(
         q, k, v, dout, lse, delta, dq,
         lists.rows, lists.row_blocks, lists.row_kinds, lists.intervals, _bits(lists),
         lists.q_len, lists.k_len, call.scale,
-        q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dq.stride(0), _interval_stride(lists),
+        q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dq.stride(0),
+        _interval_stride(lists),
         HEADS=call.heads, MASK_HEADS=lists.num_mask_heads, PER_STEP=1,
         **common, **_launch(call, q, "dq"),
     )  # fmt: skip
@@ -322,7 +330,10 @@ def _triton_backward(
 
 
 def _hopper_backward(
-    tensors: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], lists: BlockLists, call: _Call
+    tensors: tuple[Tensor, ...],
+    grads: tuple[Tensor, Tensor, Tensor],
+    lists: BlockLists,
+    call: _Call,
 ) -> None:
     from dist_attn_kernels import block_sparse_hopper_dkv, block_sparse_hopper_dq  # noqa: PLC0415
 

@@ -1,17 +1,16 @@
 """Block-sparse forward for Hopper in Gluon: one warp loads, two warpgroups compute.
 
-A program stays on its multiprocessor and takes one item (128 queries of one head) after another. The
-loading warp fetches key and value blocks of 64, two listed blocks to a step of 128 keys, through
-TMA into a ring of stages, and runs ahead into the next item. Each warpgroup owns 64 of the queries;
+A program stays on its multiprocessor and takes one item (128 queries of one head) after another.
+The loading warp fetches key and value blocks of 64, two listed blocks to a step of 128 keys, by TMA
+into a ring of stages, and runs ahead into the next item. Each warpgroup owns 64 of the queries;
 its scores of step i are computed by the tensor cores while they still add the values of step i - 1.
-
-Shared memory holds panels of 64 tokens by 64 elements of the head (128 bytes a row, the widest swizzle), so
-that every block of every operand is one piece that TMA writes and wgmma reads.
+The warpgroups issue their products by turns: one's softmax then runs beside the other's products.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: PLR0917 - a kernel takes its pointers by position.
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -20,95 +19,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dist_attn_kernels.block_sparse_hopper_parts import (
+    LOG2_E,
+    heads_together,
+    load_item,
+    load_pair,
+    masked_scores,
+    num_multiprocessors,
+    panels,
+    post_item,
+    read_item,
+    start_product,
+)
 from dist_attn_kernels.gluon_compat import reinterpret, tma_load, tma_store
-from dist_attn_kernels.lists import BLOCK, BlockLists
+from dist_attn_kernels.lists import BlockLists
 
-LOG2_E = 1.4426950408889634
-PING_ = True
 LN_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def score_mask(
-    kind0, kind1, rows, keys, cols, q_len, k_len, bounds_ptr, bits_ptr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
-):  # fmt: skip
-    """Which scores count, for two tiles of kinds `kind0` and `kind1` side by side along the keys.
-
-    `rows`, `keys` and `cols` (a key's place in the pair, 0..127, or in its tile for a single one) are
-    already expanded so that they broadcast against each other.
-    """
-    inside = rows < q_len
-    low = gl.load(bounds_ptr + rows, mask=inside, other=0)
-    high = gl.load(bounds_ptr + q_len + rows, mask=inside, other=0)
-    seen = (keys >= low) & (keys < high)
-    if PAIRS == 2:
-        low = gl.load(bounds_ptr + 2 * q_len + rows, mask=inside, other=0)
-        high = gl.load(bounds_ptr + 3 * q_len + rows, mask=inside, other=0)
-        seen = seen | ((keys >= low) & (keys < high))
-    kind = gl.where(cols < 64, kind0, kind1)
-    keep = (kind == 1) | ((kind == 2) & seen)
-    if HAS_BITS:
-        tile = gl.maximum(kind - 3, 0)
-        word = gl.load(bits_ptr + (tile * 64 + rows % 64) * 2 + (cols % 64) // 32)
-        keep = keep | ((kind >= 3) & (((word >> (cols % 32)) & 1) == 1))
-    return keep & (keys < k_len)
-
-
-@gluon.jit
-def post_item(counter_ptr, board, posted, turn):
-    """Draw the program's next item and post it for the computing warpgroups.
-
-    It is drawn one item ahead of use. The board has four places and needs no answer: the loads of
-    an item wait for the item two before it, so that no place is written before it was read.
-    """
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    index = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-    board.index(turn % 4).store(gl.full([1], 0, gl.int32, FLAT) + index)
-    mbarrier.arrive(posted.index(turn % 4), count=1)
-    return index
-
-
-@gluon.jit
-def read_item(board, posted, turn):
-    """The item that `post_item` drew for this turn."""
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(posted.index(turn % 4), (turn // 4) & 1)
-    return gl.sum(board.index(turn % 4).load(FLAT), 0)
-
-
-@gluon.jit
-def place_item(index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
-    """The table's row and the head inside its mask head: TOGETHER heads walk the table at a time.
-
-    Past the last item the last one is named again, so that a program can look one item ahead.
-    """
-    index = gl.minimum(index, num_items - 1)
-    per_group = num_items // (REPEAT // TOGETHER)
-    inside = index % per_group
-    return inside // TOGETHER, index // per_group * TOGETHER + inside % TOGETHER
-
-
-@gluon.jit
-def load_item(rows_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
-    """Head, mask head, first query, first step, steps, first kind, masked steps of an item."""
-    place, head_in_mask = place_item(index, num_items, REPEAT, TOGETHER)
-    item = rows_ptr + place * 6
-    mask_head = gl.load(item)
-    head = mask_head * REPEAT + head_in_mask
-    row = gl.load(item + 1) * 128
-    return head, mask_head, row, gl.load(item + 2), gl.load(item + 3), gl.load(item + 4), gl.load(item + 5)
-
-
-@gluon.jit
-def load_pair(desc, ring, base, block0, block1, col, bar, D: gl.constexpr):
-    """Fetch two blocks of 64 tokens as one operand of 128; `base` is its first panel."""
-    mbarrier.expect(bar, 128 * D * 2)
-    for p in gl.static_range(D // 64):
-        tma_load(desc, [block0, col + p * 64], bar, ring.index(base + p * 2))
-        tma_load(desc, [block1, col + p * 64], bar, ring.index(base + p * 2 + 1))
 
 
 @gluon.jit
@@ -129,7 +56,9 @@ def load_partition(
     block1 = gl.load(blocks_ptr + first * 2 + 1)
     while index < num_items:
         index = post_item(counter_ptr, board, posted, turn)
-        head_, _, row_, first_, steps_, _, _ = load_item(rows_ptr, index, num_items, REPEAT, TOGETHER)
+        head_, _, row_, first_, steps_, _, _ = load_item(
+            rows_ptr, index, num_items, REPEAT, TOGETHER
+        )
         kv_col = (head // GROUP) * D
         half = turn & 1
         mbarrier.wait(q_empty.index(half), ((turn >> 1) & 1) ^ 1)
@@ -148,9 +77,13 @@ def load_partition(
             phase = ((count // STAGES) & 1) ^ 1
             base = stage * (2 * PANELS)
             mbarrier.wait(k_empty.index(stage), phase)
-            load_pair(k_desc, k_ring, base, block0 * 64, block1 * 64, kv_col, k_full.index(stage), D)
+            load_pair(
+                k_desc, k_ring, base, block0 * 64, block1 * 64, kv_col, k_full.index(stage), D
+            )
             mbarrier.wait(v_empty.index(stage), phase)
-            load_pair(v_desc, v_ring, base, block0 * 64, block1 * 64, kv_col, v_full.index(stage), D)
+            load_pair(
+                v_desc, v_ring, base, block0 * 64, block1 * 64, kv_col, v_full.index(stage), D
+            )
             count += 1
             block0 = block0_
             block1 = block1_
@@ -158,39 +91,6 @@ def load_partition(
         row = row_
         first = first_
         steps = steps_
-
-
-@gluon.jit
-def masked_scores(
-    s, rows, blocks_ptr, kinds_ptr, step, kind_step, q_len, k_len, bounds_ptr, bits_ptr,
-    SIDE: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """The scores of a masked step, -inf where they do not count."""
-    cols = gl.arange(0, 128, gl.SliceLayout(0, MMA))
-    block0 = gl.load(blocks_ptr + step * 2)
-    block1 = gl.load(blocks_ptr + step * 2 + 1)
-    kind0 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2)
-    kind1 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2 + 1)
-    keys = gl.where(cols < 64, block0, block1) * 64 + cols % 64
-    keep = score_mask(
-        kind0, kind1, gl.expand_dims(rows, 1), gl.expand_dims(keys, 0), gl.expand_dims(cols, 0),
-        q_len, k_len, bounds_ptr, bits_ptr, PAIRS, HAS_BITS,
-    )  # fmt: skip
-    return gl.where(keep, s, float("-inf"))
-
-
-@gluon.jit
-def start_product(left, view, full, count, more, WIDTH: gl.constexpr, STAGES: gl.constexpr):
-    """Issue left @ right^T with the operand of step `count`; `more` says whether there is one.
-
-    Behind the last step it multiplies whatever the next stage holds; nobody looks at the result.
-    """
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    stage = count % STAGES
-    mbarrier.wait(full.index(stage), (count // STAGES) & 1, pred=more)
-    right = view.index(stage).permute((1, 0))
-    zero = gl.zeros([64, WIDTH], gl.float32, MMA)
-    return hopper.warpgroup_mma(left, right, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -206,8 +106,8 @@ def softmax_step(s, top, scale_log2):
 @gluon.jit
 def compute_partition(
     tables, sizes, views,
-    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, PING: gl.constexpr,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
     """The softmax and both matrix products of 64 queries of every item."""
     out_desc, lse_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
@@ -220,8 +120,7 @@ def compute_partition(
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, MMA_OUT)
     PANELS: gl.constexpr = D // 64
-    if PING:
-        mbarrier.arrive(turns.index(0), count=1, pred=SIDE == 1)
+    mbarrier.arrive(turns.index(0), count=1, pred=SIDE == 1)
     count = 0
     turn = 0
     index = gl.program_id(0)
@@ -241,17 +140,15 @@ def compute_partition(
         acc = gl.zeros([64, D], gl.float32, MMA_OUT)
         mbarrier.wait(q_full.index(half), (turn >> 1) & 1)
         stage = count % STAGES
-        if PING:
-            mbarrier.wait(turns.index(SIDE), count & 1)
+        mbarrier.wait(turns.index(SIDE), count & 1)
         s = start_product(q, k_view, k_full, count, True, 128, STAGES)
-        if PING:
-            mbarrier.arrive(turns.index(1 - SIDE), count=1)
+        mbarrier.arrive(turns.index(1 - SIDE), count=1)
         s = hopper.warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if masked > 0:
             s = masked_scores(
-                s, rows, blocks_ptr, kinds_ptr, first, first_kind, q_len, k_len, bounds_ptr, bits_ptr,
-                SIDE, PAIRS, HAS_BITS, MMA,
+                s, rows, blocks_ptr, kinds_ptr, first, first_kind,
+                q_len, k_len, bounds_ptr, bits_ptr, SIDE, PAIRS, HAS_BITS, MMA,
             )  # fmt: skip
         p, alpha, top = softmax_step(s, top, scale_log2)
         total = gl.sum(p, 1)
@@ -264,13 +161,11 @@ def compute_partition(
             last_phase = (count // STAGES) & 1
             count += 1
             stage = count % STAGES
-            if PING:
-                mbarrier.wait(turns.index(SIDE), count & 1)
+            mbarrier.wait(turns.index(SIDE), count & 1)
             s = start_product(q, k_view, k_full, count, True, 128, STAGES)
             mbarrier.wait(v_full.index(last), last_phase)
             acc = hopper.warpgroup_mma(probs, v_view.index(last), acc, is_async=True)
-            if PING:
-                mbarrier.arrive(turns.index(1 - SIDE), count=1)
+            mbarrier.arrive(turns.index(1 - SIDE), count=1)
             s = hopper.warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(k_empty.index(stage), count=1)
             if i < masked:
@@ -315,8 +210,8 @@ def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr,
     rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr, counter_ptr,
     num_items, q_len, k_len, scale_log2, interval_stride,
-    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, PING: gl.constexpr,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
     """Split the program into the loading warp and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
@@ -361,37 +256,19 @@ def forward_kernel(
     LOWER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (compute_partition, (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS, PING)),
-            (compute_partition, (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS, PING)),
+            (
+                compute_partition,
+                (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS),
+            ),
+            (
+                compute_partition,
+                (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS),
+            ),
             (load_partition, (loads, REPEAT, TOGETHER, GROUP, D, STAGES)),
         ],
         [4, 1],
         [240, 24],
     )
-
-
-@functools.lru_cache(maxsize=16)
-def panel_layout(dtype: torch.dtype) -> Any:
-    """Shared memory of a 64x64 panel of 16-bit numbers."""
-    name = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], name)
-
-
-@functools.lru_cache(maxsize=64)
-def num_multiprocessors(index: int) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def heads_together(repeat: int, group: int) -> int:
-    """How many of a shared mask's heads walk its table at a time: few, so that L2 serves them."""
-    return next((n for n in range(4, repeat) if repeat % n == 0 and n % group == 0), repeat)
-
-
-def panels(t: Tensor) -> Any:
-    """A TMA descriptor that reads [tokens, heads, head_dim] in panels of 64 x 64."""
-    flat = t.as_strided((t.shape[0], t.shape[1] * t.shape[2]), (t.stride(0), 1))
-    return TensorDescriptor.from_tensor(flat, [BLOCK, BLOCK], panel_layout(t.dtype))
 
 
 def forward_arguments(
@@ -417,7 +294,6 @@ def forward_arguments(
         "STAGES": 2 if q.shape[2] == 128 else 4,
         "PAIRS": lists.num_intervals,
         "HAS_BITS": lists.bits is not None,
-        "PING": PING_,
         "num_warps": 4,
         "maxnreg": 168,
     }

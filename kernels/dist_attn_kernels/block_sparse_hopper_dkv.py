@@ -1,11 +1,13 @@
 """Key and value gradients of block-sparse attention for Hopper in Gluon.
 
 A program owns two key blocks of 64, one a warpgroup and not necessarily neighbours, and walks the
-query blocks that read them. Scores are computed transposed, keys by queries, so that probabilities and
-their gradients are operands of dv and dk right in the registers in which they arise: the warpgroups
-exchange nothing. The scores of a step run behind dk and dv of the step before.
+query blocks that read them. Scores are computed transposed, keys by queries, so that probabilities
+and their gradients are operands of dv and dk right in the registers in which they arise: the
+warpgroups exchange nothing. The scores of a step run behind dk and dv of the step before.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: PLR0917 - a kernel takes its pointers by position.
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from dist_attn_kernels.block_sparse_hopper import (
+from dist_attn_kernels.block_sparse_hopper_parts import (
     LOG2_E,
     heads_together,
     num_multiprocessors,
@@ -40,14 +42,22 @@ def load_column(cols_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.c
     head = gl.load(item) * REPEAT + head_in_mask
     block0 = gl.load(item + 1)
     block1 = gl.load(item + 2)
-    return head, block0, block1, gl.load(item + 3), gl.load(item + 4), gl.load(item + 5), gl.load(item + 6)
+    return (
+        head,
+        block0,
+        block1,
+        gl.load(item + 3),
+        gl.load(item + 4),
+        gl.load(item + 5),
+        gl.load(item + 6),
+    )
 
 
 @gluon.jit
 def load_partition(
     loads, sizes, rings, bars,
-    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fetch the keys and values of every item and the queries of its steps."""
     q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr = loads
@@ -60,7 +70,9 @@ def load_partition(
     count = 0
     turn = 0
     index = gl.program_id(0)
-    kv_head, block0, block1, first, steps, _, _ = load_column(cols_ptr, index, num_items, REPEAT, TOGETHER)
+    kv_head, block0, block1, first, steps, _, _ = load_column(
+        cols_ptr, index, num_items, REPEAT, TOGETHER
+    )
     entry = gl.load(entries_ptr + first)
     while index < num_items:
         half = turn & 1
@@ -112,11 +124,11 @@ def load_partition(
 @gluon.jit
 def compute_partition(
     tables, sizes, smem, bars,
-    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
-    HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
-    HAS_BITS: gl.constexpr,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr,
+    GROUP: gl.constexpr, HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key block of every item."""
+    """Dk and dv of one key block of every item."""
     dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
     num_items, q_len, k_len, scale_log2, scale, interval_stride = sizes
     q_view, do_view, k_view, v_view, k_ring, v_ring, stats, board, posted = smem
@@ -206,7 +218,8 @@ def dkv_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, lse_ptr, delta_ptr,
     cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr, counter_ptr,
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride,
-    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
+    HEADS_PER_MASK: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
     """Split the program into the loading warp and the two computing warpgroups."""
@@ -242,7 +255,17 @@ def dkv_kernel(
         mbarrier.init(empty.index(i), count=2)
     hopper.fence_async_shared()
     bars = (kv_full, kv_empty, q_full, do_full, empty)
-    loads = (q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr)
+    loads = (
+        q_desc,
+        k_desc,
+        v_desc,
+        do_desc,
+        lse_ptr,
+        delta_ptr,
+        cols_ptr,
+        entries_ptr,
+        counter_ptr,
+    )
     rings = (q_ring, do_ring, k_ring, v_ring, stats, board, posted)
     load_sizes = (num_items, q_pad)
     tables = (dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr)
@@ -256,7 +279,8 @@ def dkv_kernel(
                                  HEADS_PER_MASK, D, STAGES, PAIRS, HAS_BITS)),
             (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP, GROUP,
                                  HEADS_PER_MASK, D, STAGES, PAIRS, HAS_BITS)),
-            (load_partition, (loads, load_sizes, rings, bars, REPEAT, TOGETHER, LOOP, GROUP, D, STAGES)),
+            (load_partition, (loads, load_sizes, rings, bars, REPEAT, TOGETHER, LOOP, GROUP, D,
+                              STAGES)),
         ],
         [4, 1],
         [240, 24],

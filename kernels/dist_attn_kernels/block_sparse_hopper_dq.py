@@ -1,5 +1,7 @@
-"""Query gradients of block-sparse attention for Hopper in Gluon: the forward's shape, three products a step."""
+"""Query gradients for Hopper in Gluon: the shape of the forward, three products a step."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: PLR0917 - a kernel takes its pointers by position.
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from dist_attn_kernels.block_sparse_hopper import (
+from dist_attn_kernels.block_sparse_hopper_parts import (
     LOG2_E,
     heads_together,
     load_item,
@@ -34,9 +36,11 @@ def load_partition(
 ):  # fmt: skip
     """Fetch q and dout of every item and the keys and values of its steps.
 
-    The first step's keys and values go out ahead of the item's queries, whose place is still in use.
+    The first step's keys and values go out ahead of the item's queries, whose place is in use.
     """
-    q_desc, do_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars = loads
+    q_desc, do_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars = (
+        loads
+    )
     q_ring, do_ring, k_ring, v_ring, board, posted = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     PANELS: gl.constexpr = D // 64
@@ -48,7 +52,9 @@ def load_partition(
     block1 = gl.load(blocks_ptr + first * 2 + 1)
     while index < num_items:
         index = post_item(counter_ptr, board, posted, turn)
-        head_, _, row_, first_, steps_, _, _ = load_item(rows_ptr, index, num_items, REPEAT, TOGETHER)
+        head_, _, row_, first_, steps_, _, _ = load_item(
+            rows_ptr, index, num_items, REPEAT, TOGETHER
+        )
         kv_col = (head // GROUP) * D
         for i in range(steps):
             ahead = gl.where(i + 1 < steps, first + i + 1, first_)
@@ -58,9 +64,13 @@ def load_partition(
             phase = ((count // STAGES) & 1) ^ 1
             base = stage * (2 * PANELS)
             mbarrier.wait(k_empty.index(stage), phase)
-            load_pair(k_desc, k_ring, base, block0 * 64, block1 * 64, kv_col, k_full.index(stage), D)
+            load_pair(
+                k_desc, k_ring, base, block0 * 64, block1 * 64, kv_col, k_full.index(stage), D
+            )
             mbarrier.wait(v_empty.index(stage), phase)
-            load_pair(v_desc, v_ring, base, block0 * 64, block1 * 64, kv_col, v_full.index(stage), D)
+            load_pair(
+                v_desc, v_ring, base, block0 * 64, block1 * 64, kv_col, v_full.index(stage), D
+            )
             count += 1
             block0 = block0_
             block1 = block1_
@@ -83,10 +93,10 @@ def load_partition(
 @gluon.jit
 def compute_partition(
     tables, sizes, views,
-    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
-    """dq of 64 queries of every item; the scores of step i + 1 run behind dq of step i."""
+    """Dq of 64 queries of every item; the scores of step i + 1 run behind dq of step i."""
     dq_desc, lse_ptr, delta_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride = sizes
     q_view, do_view, k_view, v_view, dq_view, dq_ring, board, posted, bars = views
@@ -161,8 +171,8 @@ def dq_kernel(
     q_desc, do_desc, k_desc, v_desc, dq_desc, lse_ptr, delta_ptr,
     rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr, counter_ptr,
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride,
-    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
 ):  # fmt: skip
     """Split the program into the loading warp and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
@@ -201,13 +211,30 @@ def dq_kernel(
     sizes = (num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride)
     views = (q_view, do_view, k_view, v_view, dq_view, dq_ring, board, posted, bars)
     rings = (q_ring, do_ring, k_ring, v_ring, board, posted)
-    loads = (q_desc, do_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars)
+    loads = (
+        q_desc,
+        do_desc,
+        k_desc,
+        v_desc,
+        rows_ptr,
+        blocks_ptr,
+        counter_ptr,
+        num_items,
+        rings,
+        bars,
+    )
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (compute_partition, (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS)),
-            (compute_partition, (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS)),
+            (
+                compute_partition,
+                (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS),
+            ),
+            (
+                compute_partition,
+                (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES, PAIRS, HAS_BITS),
+            ),
             (load_partition, (loads, REPEAT, TOGETHER, GROUP, D, STAGES)),
         ],
         [4, 1],

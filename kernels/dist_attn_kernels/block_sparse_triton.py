@@ -4,6 +4,8 @@ Forward and backward walk the tables of `lists.py`. The backward has two passes,
 (dk, dv) and one that owns queries (dq): nothing is added atomically, so results repeat bit by bit.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: PLR0917 - a kernel takes its pointers by position.
 from __future__ import annotations
 
 import triton
@@ -144,7 +146,7 @@ def delta_kernel(
 def pad_kernel(
     lse_ptr, delta_ptr, lse_out_ptr, delta_out_ptr, q_len, q_pad, ROWS: tl.constexpr
 ):  # fmt: skip
-    """lse in powers of two and delta, padded to whole blocks; +inf where no probability is left."""
+    """Lse in powers of two and delta, padded to whole blocks; +inf where no probability is left."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     lse = tl.load(lse_ptr + head * q_len + rows, mask=rows < q_len, other=float("-inf"))

@@ -8,9 +8,9 @@ sinks, prefixes and their combinations) or, at `BITS + i`, by bit mask number i 
 `build_lists` turns tiles into the two tables that the kernels walk:
 
 - rows, for the forward: per (mask head, 128 queries) the listed key blocks of 64, two to a step.
-- columns, for the backward: per (mask head, two key blocks of 64) the listed query blocks of 64. The
-  two key blocks need not be neighbours: blocks that are read by the same queries share a column,
-  because a strided block is read by every later query and its neighbour by a few.
+- columns, for the backward: per (mask head, two key blocks of 64) the listed query blocks of 64.
+  The two key blocks need not be neighbours: blocks that are read by the same queries share a
+  column, because a strided block is read by every later query and its neighbour by a few.
 
 In both, steps that need a mask come first, and the items of a head are sorted longest first. The
 mask's heads may be one for all, one per key/value head or one per query head.
@@ -28,7 +28,7 @@ ROW_QUERIES = 2 * BLOCK
 EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
 #: Heads whose columns are walked at the same time: enough of them to keep a GPU's programs alike,
 #: few enough that L2 holds the queries that they read.
-HEADS_TOGETHER = 4
+HEADS_TOGETHER = 8
 #: In an entry of a column: the query head inside its group, above the query block.
 HEAD_SHIFT = 24
 
@@ -61,7 +61,8 @@ class BlockLists:
     rows [R, 6]: mask head, row tile, first step, steps, first kind, masked steps.
     row_blocks [S, 2]: the two key blocks of a step. row_kinds [M, 4]: kinds of a masked step in the
     order (upper queries, first block), (upper, second), (lower, first), (lower, second).
-    cols [C, 7]: mask key head, key block, key block, first entry, entries, first kind, masked entries.
+    cols [C, 7]: mask key head, key block, key block, first entry, entries, first kind, masked
+    entries.
     col_entries [E]: query block | head in group << 24. col_kinds [N, 2]: kinds by key block.
     Rows are sorted by mask head, then longest first; columns, of which a head has few long ones, by
     HEADS_TOGETHER mask heads, then longest first.
@@ -107,8 +108,8 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
 
     Args:
         tiles: the tiles that are not empty.
-        heads_per_kv: how many of the MASK's heads share one key/value head; 1 unless the mask has one
-            head per query head and the model has grouped queries.
+        heads_per_kv: how many of the MASK's heads share one key/value head; 1 unless the mask has
+            one head per query head and the model has grouped queries.
 
     Raises:
         ValueError: heads, coordinates or masks that do not fit together.
@@ -281,13 +282,13 @@ def _pair_key_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put every listed key block into a column of two, in the cheaper of two ways.
 
-    Either neighbours (2i, 2i + 1) share a column, which suits patterns of 128 tokens. Or blocks of a head
-    are sorted by their last query and by how many queries read them, and taken two by two: strided
-    blocks then find strided ones, and the others the nearest that is not strided.
+    Either neighbours (2i, 2i + 1) share a column, which suits patterns of 128 tokens. Or the blocks
+    of a head are sorted by their last query and by how many queries read them, and taken two by
+    two: strided blocks then find strided ones, and the others the nearest that is not strided.
 
     Returns:
-        The column and the side of every tile, and [columns, 3]: mask key head and the two key blocks
-        (a block without a partner stands twice; its second side then has no entries).
+        The column and the side of every tile, and [columns, 3]: mask key head and the two key
+        blocks (a block without a partner stands twice; its second side then has no entries).
     """
     num_q, num_k = sizes
     listed, inverse, counts = torch.unique(block, return_inverse=True, return_counts=True)

@@ -1,10 +1,12 @@
 """Masks of the field as tiles: documents, windows, sinks, S2 and random blocks.
 
-Each function returns `Tiles` for `build_lists`. Everything is integer arithmetic on torch tensors of
-the size of the result, on the device that is asked for.
+Each function returns `Tiles` for `build_lists`. Everything is integer arithmetic on torch tensors
+of the size of the result, on the device that is asked for.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -116,8 +118,13 @@ def classify(tiles: Tiles) -> Tiles:
     kinds = torch.where(tiles.kinds == FULL, torch.where(whole, FULL, INTERVAL), tiles.kinds)
     kinds = torch.where(touched | (tiles.kinds > INTERVAL), kinds, EMPTY)
     keep = kinds != EMPTY
-    parts = [t[keep] for t in (tiles.heads, tiles.q_blocks, tiles.k_blocks, kinds)]
-    return Tiles(tiles.q_len, tiles.k_len, tiles.num_mask_heads, *parts, intervals, tiles.bits)
+    return dataclasses.replace(
+        tiles,
+        heads=tiles.heads[keep],
+        q_blocks=tiles.q_blocks[keep],
+        k_blocks=tiles.k_blocks[keep],
+        kinds=kinds[keep],
+    )
 
 
 def s2_tiles(
@@ -136,8 +143,8 @@ def s2_tiles(
     key block b with (b + h) % stride_blocks == stride_blocks - 1, always causally and, with
     `cu_seqlens`, inside the query's document.
 
-    Source: S2-Attention (Lin et al. 2024, arXiv:2407.17678), local blocks and a vertical stride that is
-        shifted per head; blocks are counted from the start of the packed stream.
+    Source: S2-Attention (Lin et al. 2024, arXiv:2407.17678), local blocks and a vertical stride
+        that is shifted per head; blocks are counted from the start of the packed stream.
     """
     if block not in (BLOCK, 2 * BLOCK):
         raise ValueError(f"block must be {BLOCK} or {2 * BLOCK}, got {block}")
@@ -198,7 +205,7 @@ def split_blocks(
 
 
 def dense_mask(tiles: Tiles) -> Tensor:
-    """The mask element by element, bool [mask heads, q_len, k_len]: for tests and small pictures."""
+    """The mask element by element, bool [mask heads, q_len, k_len]: for tests and pictures."""
     q_blocks, k_blocks = num_blocks(tiles.q_len), num_blocks(tiles.k_len)
     kinds = torch.zeros(tiles.num_mask_heads, q_blocks, k_blocks, dtype=torch.int64)
     at = [t.cpu().to(torch.int64) for t in (tiles.heads, tiles.q_blocks, tiles.k_blocks)]

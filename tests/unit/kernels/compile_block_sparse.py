@@ -2,8 +2,8 @@
 
     python compile_block_sparse.py 80|90
 
-Ampere gets the Triton kernels, Hopper those in Gluon. Prints one line a kernel: name, head dim, matrix
-unit, shared memory, what the assembler complains of.
+Ampere gets the Triton kernels, Hopper those in Gluon. Prints one line a kernel: name, head dim,
+matrix unit, shared memory, what the assembler complains of.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ def report(kernel: JITFunction, arch: int, args: tuple, names: dict[str, Any]) -
         file.write(ptx)
         file.flush()
         suffix = "a" if arch >= 90 else ""
-        call = [get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{suffix}", file.name, "-o", "/dev/null"]
+        call = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name=sm_{arch}{suffix}",
+            file.name,
+            "-o",
+            "/dev/null",
+        ]
         log = subprocess.run(call, capture_output=True, text=True, check=True).stderr
     complaints = [line.split(":")[1].strip() for line in log.splitlines() if "(C75" in line]
     unit = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"

@@ -80,7 +80,7 @@ def test_nothing_listed() -> None:
 
 
 def test_two_parts_of_the_keys_make_the_whole() -> None:
-    """A ring: forward by halves of the keys, merged; backward by halves with the merged out and lse."""
+    """A ring: forward by halves of the keys, merged; backward by halves with merged out and lse."""
     torch.manual_seed(5)
     length, cut = 200, 90
     whole = cases.named_tiles("causal", length, 1)

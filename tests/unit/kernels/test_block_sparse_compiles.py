@@ -19,7 +19,11 @@ def compiled(arch: int, cache: Path) -> list[list[str]]:
     env |= {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "TRITON_CACHE_DIR": str(cache)}
     program = Path(__file__).with_name("compile_block_sparse.py")
     run = subprocess.run(
-        [sys.executable, str(program), str(arch)], env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(program), str(arch)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return [line.split(maxsplit=4) for line in run.stdout.splitlines()]
