@@ -124,6 +124,7 @@ def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
         "optimizer": data["optimizer"],
         "batch": data["data"]["batch"],
         "shuffle": data["data"]["shuffle"],
+        "masks": data["attention"]["masks"],
         "seed": data["run"]["seed"],
         "corpus": corpus.fingerprint,
     }
