@@ -53,16 +53,26 @@ class ReferenceBackend(PerSegment):
 
 
 class CpuFlashBackend(PerSegment):
-    """`aten._scaled_dot_product_flash_attention_for_cpu`: float32, float64, bfloat16, float16."""
+    """`aten._scaled_dot_product_flash_attention_for_cpu`: float32, float64, bfloat16, float16.
+
+    Args:
+        groups_heads: whether the kernel takes fewer key/value heads than query heads; otherwise
+            they are repeated here. See `cpu_kernel_groups_heads`.
+    """
 
     name = "cpu_flash"
+
+    def __init__(self, groups_heads: bool) -> None:
+        self.groups_heads = groups_heads
 
     def forward_one(
         self, q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, causal: bool, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `PerSegment`."""
+        repeats = self._repeats(q_LHD, k_LKD)
+        k, v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k_LKD, v_LKD))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            bhld(q_LHD), bhld(k_LKD), bhld(v_LKD), 0.0, causal, scale=softmax_scale
+            bhld(q_LHD), bhld(k), bhld(v), 0.0, causal, scale=softmax_scale
         )
         return out[0].transpose(0, 1), lse[0]
 
@@ -71,11 +81,39 @@ class CpuFlashBackend(PerSegment):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `PerSegment`."""
         s = saved
+        repeats = self._repeats(s.q, s.k)
+        k, v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (s.k, s.v))
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            bhld(s.dout), bhld(s.q), bhld(s.k), bhld(s.v), bhld(s.out),
+            bhld(s.dout), bhld(s.q), bhld(k), bhld(v), bhld(s.out),
             s.lse[None], 0.0, causal, scale=softmax_scale,
         )  # fmt: skip
-        return tuple(g[0].transpose(0, 1) for g in grads)
+        dq, dk, dv = (g[0].transpose(0, 1) for g in grads)
+        if repeats > 1:
+            dk, dv = (g.unflatten(1, (-1, repeats)).sum(2) for g in (dk, dv))
+        return dq, dk, dv
+
+    def _repeats(self, q_LHD: Tensor, k_LKD: Tensor) -> int:
+        return 1 if self.groups_heads else q_LHD.shape[1] // k_LKD.shape[1]
+
+
+@functools.cache
+def cpu_kernel_groups_heads() -> bool:
+    """Whether torch's CPU kernel gives grouped query heads the right keys, found by trying.
+
+    It does from some release on; its signature does not tell.
+    """
+    q_LHD, k_LKD = torch.eye(4, 2)[:, :, None].expand(4, 2, 4), torch.eye(4)[:, None]
+    results: list[tuple[Tensor, ...]] = []
+    for groups_heads in (True, False):
+        backend = CpuFlashBackend(groups_heads)
+        try:
+            out, lse = backend.forward_one(q_LHD, k_LKD, k_LKD, True, 1.0)
+            saved = Saved(q_LHD, q_LHD, k_LKD, k_LKD, out, lse)
+            results.append((out, lse, *backend.backward_one(saved, True, 1.0)))
+        except RuntimeError:
+            return False
+    pairs = zip(*results, strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +137,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     table: list[tuple[str, Callable[[], str | None], Callable[[], Backend]]] = [
         ("cuda", lambda: _refuse_flash(device, dtype, head_dim),
          lambda: CudaBackend(_refuse_cudnn(device, head_dim))),
-        ("cpu_flash", lambda: _refuse_cpu_flash(device, dtype), CpuFlashBackend),
+        ("cpu_flash", lambda: _refuse_cpu_flash(device, dtype),
+         lambda: CpuFlashBackend(cpu_kernel_groups_heads())),
     ]  # fmt: skip
     for name, refuse, make in table:
         reason = refuse()

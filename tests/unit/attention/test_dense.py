@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from dist_attn_kernels.dense import CudaBackend, ReferenceBackend, Segments, choose_backend
+from dist_attn_kernels.dense import (
+    CpuFlashBackend,
+    CudaBackend,
+    ReferenceBackend,
+    Saved,
+    Segments,
+    choose_backend,
+    cpu_kernel_groups_heads,
+)
 
 
 class Recorder(ReferenceBackend):
@@ -50,3 +58,18 @@ def test_refused_cudnn_is_never_used():
     q = torch.randn(1500, 1, 4)
     cuda.forward(q, q, q, Segments((0, 1500), (0, 1500), True), 0.5)
     assert cuda.flash.lengths == [1500]
+
+
+@pytest.mark.parametrize("groups_heads", sorted({False, cpu_kernel_groups_heads()}))
+def test_the_cpu_kernel_reads_the_right_heads(groups_heads):
+    backend = CpuFlashBackend(groups_heads)
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(9, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(7, 2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    segments = Segments((0, 4, 9), (0, 5, 7), False)
+    results = []
+    for b in (backend, ReferenceBackend()):
+        out, lse = b.forward(q, k, v, segments, 0.5)
+        saved = Saved(dout, q, k, v, out, lse)
+        results.append((out, lse, *b.backward(saved, segments, 0.5, False)))
+    torch.testing.assert_close(*results)
