@@ -32,7 +32,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "deepspeed"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "megatron.core.models.gpt.gpt_model",
+]
 START_TIMEOUT_S = 90.0
 
 

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from torch import Tensor, nn
 
 from dist_attn.config import OptimizerConfig
@@ -222,13 +225,6 @@ class DistributedOptimizer:
     def __init__(
         self, model: Any, config: OptimizerConfig, groups: MegatronGroups, bucket_elements: int
     ) -> None:
-        # These bring half of Megatron along, which a CPU rank does not need.
-        from megatron.core.distributed import (  # noqa: PLC0415
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-        )
-        from megatron.core.optimizer import get_megatron_optimizer  # noqa: PLC0415
-
         self._config = config
         self._state_keys = state_keys(config)
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -249,6 +245,9 @@ class DistributedOptimizer:
             use_gloo_process_groups=False,
             pg_collection=groups.collection,
         )
+        for group in self._optimizer.param_groups:
+            # Megatron leaves this to its scheduler, of which there is none here.
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
         self._buffers.zero_grad_buffer()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -310,9 +309,7 @@ class DistributedOptimizer:
                         state |= {key: torch.zeros_like(main) for key in self._state_keys}
 
 
-def _megatron_config(config: OptimizerConfig, transformer: Any) -> Any:
-    from megatron.core.optimizer import OptimizerConfig as MegatronConfig  # noqa: PLC0415
-
+def _megatron_config(config: OptimizerConfig, transformer: Any) -> MegatronConfig:
     return MegatronConfig(
         optimizer="adam" if config.name == "adamw" else "sgd",
         lr=config.lr,
