@@ -115,7 +115,7 @@ def list_tiles(
     num_bits = 0
     for of in patterns.values():
         head = heads[of[0]]
-        row, key, full = tile_lists(mask, q_stretches, k_stretches, head).expand()
+        row, key, full = tile_lists(mask, q_stretches, k_stretches, head).expand(in_order=False)
         kind = np.where(full == 1, FULL, INTERVAL)
         if cut_by_intervals:
             # The last key block reaches past the keys, so it is cut there.
@@ -183,13 +183,29 @@ def _cut_by_bits(
         packed.append(np.packbits(allowed, axis=-1, bitorder="little").reshape(len(some), -1))
     size = BLOCK * BLOCK // 8
     every = np.concatenate(packed) if packed else np.empty((0, size), dtype=np.uint8)
-    unique, index = np.unique(every, axis=0, return_inverse=True)
+    unique, index = _different(every)
     kind = np.full(len(row), -1)
-    kind[partial] = index.reshape(-1)
+    kind[partial] = index
     keep = np.ones(len(row), dtype=bool)
     keep[partial] = every.any(axis=1)
     bits = np.ascontiguousarray(unique).view("<i4").reshape(-1, BLOCK, 2)
     return row[keep], key[keep], kind[keep], bits
+
+
+def _different(rows: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArray]:
+    """Return the different rows and which of them each row is, as np.unique does, but by a hash."""
+    _, first, index = np.unique(_hash(rows), return_index=True, return_inverse=True)
+    if np.array_equal(rows[first][index], rows):
+        return rows[first], index
+    different, index = np.unique(rows, axis=0, return_inverse=True)  # two rows have one hash
+    return different, index.reshape(-1)
+
+
+def _hash(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    words = rows.view("<u8")
+    factors = np.random.default_rng(0).integers(0, 1 << 64, words.shape[1], dtype=np.uint64)
+    mixed = (words ^ (words >> np.uint64(29))) * factors
+    return np.asarray(mixed.sum(axis=1, dtype=np.uint64))
 
 
 def _tile_positions(positions: IntArray, tiles: IntArray) -> tuple[IntArray, np.ndarray]:

@@ -70,8 +70,11 @@ class TileLists:
         slices = (*self.full, *self.partial)
         return sum(s.tiles.nbytes + s.begin.nbytes + s.end.nbytes for s in slices)
 
-    def expand(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Return row, key tile and kind (1 full, 0 partial) of every tile, by row, then key."""
+    def expand(self, in_order: bool = True) -> tuple[IntArray, IntArray, IntArray]:
+        """Return row, key tile and kind (1 full, 0 partial) of every tile, by row, then key.
+
+        Without `in_order` they come as they are, which is faster.
+        """
         rows, keys, kinds = [], [], []
         for kind, slices in ((1, self.full), (0, self.partial)):
             for s in slices:
@@ -82,7 +85,9 @@ class TileLists:
         row, key, kinds_ = (
             np.concatenate(x) if x else np.empty(0, np.int64) for x in (rows, keys, kinds)
         )
-        order = np.lexsort((key, row))
+        if not in_order:
+            return row, key, kinds_
+        order = np.argsort(row * self.num_keys + key, kind="stable")
         return row[order], key[order], kinds_[order]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL
 
+from dist_attn.attention import block_lists
 from dist_attn.attention.block_lists import Tables, list_tiles
 from dist_attn.masks import Causal, patterns
 from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
@@ -66,3 +67,13 @@ def test_tiles_of_equal_bits_share_them():
     assert len(tables.bits) == 2  # the diagonal's triangle, once per head
     partial = tables.tiles[3] >= BITS
     assert partial.sum() == 2 * 64
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_different_rows_are_told_apart_even_if_their_hashes_are_not(collide, monkeypatch):
+    if collide:
+        monkeypatch.setattr(block_lists, "_hash", lambda rows: np.zeros(len(rows), np.uint64))
+    rows = RNG.integers(0, 2, (50, 16)).astype(np.uint8)[RNG.integers(0, 9, 200)]
+    different, index = block_lists._different(rows)
+    np.testing.assert_array_equal(different[index], rows)
+    assert len(different) == len(np.unique(rows, axis=0))
