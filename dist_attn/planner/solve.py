@@ -19,14 +19,14 @@ from dist_attn.planner.placement import place
 from dist_attn.planner.plan import Plan, SolverReport
 from dist_attn.planner.pour import batch_times, pour
 from dist_attn.planner.program import Program, build_program
-from dist_attn.planner.search import Search
+from dist_attn.planner.search import Arrangement, Search
 
 
 @dataclass(frozen=True)
 class Effort:
     """Work limits, so that equal input gives equal plans."""
 
-    #: Ruin-and-recreate steps; a search that comes to rest early starts again with what is left.
+    #: Ruin-and-recreate steps; a search that comes to rest early takes fewer.
     steps: int = 1000
     #: Branch-and-bound nodes of the lower bound; 0: only its root.
     bound_nodes: int = 44
@@ -112,28 +112,12 @@ def _best_batches(
     fluid = Fluid(program, count_long(program))
     search = Search(fluid, seed, program.max_micro_batches, deadline)
     best, best_s = _one_degree(program, seed, deadline)
-    count, aim_s = _start(program, fluid)
-    # A step costs more where there are more groups.
-    steps = max(min(effort.steps, effort.steps * 500 // max(fluid.num_long, 1)), 1)
-    tries = min(30, 5000 // max(fluid.num_long, 1))
-    every = fluid.options
-    few = fluid.options_among([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
-    while search.steps < steps * 2 // 3 or not search.steps:
-        # Degrees of all sizes refine what powers of two, which tile the nodes, have arranged.
-        fluid.options = few
-        first = search.start(aim_s, count, tries)
-        if first is None:
-            break
-        found = search.run(first, steps - search.steps)
-        if few != every:
-            fluid.options = every
-            found = search.run(found, steps)
+    found = _search(program, fluid, search, effort.steps)
+    if found is not None:
         batches = pour(fluid, found)
         total = sum(batch_times(fluid, batches))
         if len(batches) <= program.max_micro_batches and total < best_s:
-            best, best_s = batches, total
-        if search.late or not search.steps:
-            break
+            best = batches
     if not best:
         raise PlanError(
             f"{len(program.lengths)} documents of {int(program.lengths.sum())} tokens do not fit "
@@ -141,6 +125,30 @@ def _best_batches(
             f"planner.max_micro_batches, use more ranks or a smaller batch"
         )
     return best, search
+
+
+def _search(program: Program, fluid: Fluid, search: Search, steps: int) -> Arrangement | None:
+    """Three short searches, and a longer and cooler one from the best of them."""
+    count, aim_s = _start(program, fluid)
+    # A step costs more where there are more groups.
+    steps = max(min(steps, steps * 500 // max(fluid.num_long, 1)), 5)
+    tries = min(10, 2000 // max(fluid.num_long, 1))
+    every = fluid.options
+    # Degrees of all sizes refine what powers of two, which tile the nodes, have arranged.
+    fluid.options = fluid.options_among([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
+    best: Arrangement | None = None
+    for _ in range(3):
+        first = search.start(aim_s, count, tries)
+        if first is None:
+            break
+        found = search.run(first, steps // 5)
+        if best is None or found.score.total < best.score.total:
+            best = found
+    refined = fluid.options != every
+    fluid.options = every
+    if best is None or search.late:
+        return best
+    return search.run(best, steps if refined else steps * 2 // 5, warmth=0.0003)
 
 
 def _one_degree(program: Program, seed: int, deadline: float) -> tuple[list[Groups], float]:
