@@ -94,8 +94,8 @@ def sharp_model(config: ModelConfig, vocab_size: int) -> CausalLM:
     model = build_model(config, vocab_size, seed=3)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if "_proj" in name:
-                param.mul_(12)
+            if "_proj" in name or "lm_head" in name:
+                param.mul_(8)
     return model
 
 
