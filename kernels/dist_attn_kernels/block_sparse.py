@@ -86,12 +86,13 @@ def block_sparse_forward(
         out.zero_()
         lse.fill_(-math.inf)
     if lists.rows.shape[0]:
-        if call.hopper:
-            from dist_attn_kernels import block_sparse_hopper  # noqa: PLC0415
+        with torch.cuda.device_of(q_THD):
+            if call.hopper:
+                from dist_attn_kernels import block_sparse_hopper  # noqa: PLC0415
 
-            block_sparse_hopper.forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call.scale)
-        else:
-            _triton_forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call)
+                block_sparse_hopper.forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call.scale)
+            else:
+                _triton_forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call)
     return out, lse
 
 
@@ -125,12 +126,11 @@ def block_sparse_backward(
             f"lse must be float32 [{call.heads}, {lists.q_len}], "
             f"got {lse_HT.dtype} {list(lse_HT.shape)}"
         )
-    if not _rows_contiguous(dout_THD):
-        dout_THD = dout_THD.contiguous()
+    if not _rows_contiguous(dout_THD) or not _aligned(dout_THD):
+        dout_THD = dout_THD.clone(memory_format=torch.contiguous_format)
     if not _rows_contiguous(out_THD):
         out_THD = out_THD.contiguous()
     lse = lse_HT.contiguous()
-    delta = _delta(out_THD, dout_THD, dlse_HT)
     make = torch.zeros_like if lists.has_empty_cols else torch.empty_like
     dk = make(k, memory_format=torch.contiguous_format)
     dv = make(v, memory_format=torch.contiguous_format)
@@ -138,15 +138,16 @@ def block_sparse_backward(
     dq = make(q, memory_format=torch.contiguous_format)
     if not lists.rows.shape[0]:
         return dq, dk, dv
-    tensors = (q, k, v, dout_THD, lse, delta)
-    if call.hopper:
-        _hopper_backward(tensors, (dq, dk, dv), lists, call)
-    else:
-        _triton_backward(tensors, (dq, dk, dv), lists, call)
+    with torch.cuda.device_of(q):
+        tensors = (q, k, v, dout_THD, lse, _delta(out_THD, dout_THD, dlse_HT))
+        if call.hopper:
+            _hopper_backward(tensors, (dq, dk, dv), lists, call)
+        else:
+            _triton_backward(tensors, (dq, dk, dv), lists, call)
     return dq, dk, dv
 
 
-def why_not_hopper(q: Tensor, lists: BlockLists) -> str | None:
+def why_not_hopper(q: Tensor) -> str | None:
     """The reason why the Hopper kernels cannot take this call, or None."""
     if q.device.type != "cuda" or _generation(q.device.index or 0) != 9:
         return "they need a GPU of compute capability 9.0"
@@ -186,6 +187,10 @@ class _BlockSparse(torch.autograd.Function):
 
 def _rows_contiguous(t: Tensor) -> bool:
     return t.stride(2) == 1 and t.stride(1) == t.shape[2] and t.stride(0) % 8 == 0
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0
 
 
 def _checked(
@@ -231,7 +236,9 @@ def _checked(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if not scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {scale}")
-    reason = "backend 'triton' was asked for" if backend == "triton" else why_not_hopper(q, lists)
+    reason = "backend 'triton' was asked for" if backend == "triton" else why_not_hopper(q)
+    if reason is None and not all(map(_aligned, qkv)):
+        reason = "they take tensors that start at a multiple of 16 bytes"
     if backend == "hopper" and reason is not None:
         raise ValueError(f"the Hopper kernels cannot take this call: {reason}; use backend 'auto'")
     return _Call(heads, kv_heads, head_dim, scale, reason is None)

@@ -48,7 +48,7 @@ def check(tiles: Tiles, heads: tuple[int, int], dim: int, dtype: torch.dtype, ba
     inputs = cases.qkv(tiles, q_heads, kv_heads, dim, dtype, "cuda")
     per_query_head = tiles.num_mask_heads == q_heads and q_heads != kv_heads
     lists = build_lists(on_gpu(tiles), q_heads // kv_heads if per_query_head else 1)
-    reason = why_not_hopper(inputs[0], lists)
+    reason = why_not_hopper(inputs[0])
     if backend == "hopper" and reason:
         pytest.skip(f"the Hopper kernels do not apply: {reason}")
     mask, scale = rules.dense_mask(tiles).cuda(), dim**-0.5
@@ -108,7 +108,7 @@ def test_foreign_lse(backend: str) -> None:
     tiles = cases.named_tiles("s2", 700, 2)
     q, k, v, dout, _ = cases.qkv(tiles, 2, 2, 128, torch.bfloat16, "cuda")
     lists = build_lists(on_gpu(tiles))
-    if backend == "hopper" and why_not_hopper(q, lists):
+    if backend == "hopper" and why_not_hopper(q):
         pytest.skip("the Hopper kernels do not apply")
     out, lse = block_sparse_forward(q, k, v, lists, backend=backend)
     first = block_sparse_backward(dout, (q, k, v), out, lse, lists, backend=backend)
@@ -122,7 +122,7 @@ def test_results_and_gradients_repeat(backend: str) -> None:
     tiles = cases.named_tiles("mixed", 900, 2)
     q, k, v, dout, _ = cases.qkv(tiles, 2, 2, 128, torch.bfloat16, "cuda")
     lists = build_lists(on_gpu(tiles))
-    if backend == "hopper" and why_not_hopper(q, lists):
+    if backend == "hopper" and why_not_hopper(q):
         pytest.skip("the Hopper kernels do not apply")
     runs = []
     for _ in range(2):
