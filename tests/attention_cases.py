@@ -115,9 +115,12 @@ def assert_as_good_as_torch(got: dict[str, Tensor], case: Case, allowed: Tensor)
         assert found <= bound, f"{name}: error {found:.2e}, allowed {bound:.2e}"
 
 
-def world_group(inner_size: int | None = None) -> CommGroup:
-    """All ranks, cut into nodes if asked."""
+def world_group(inner_size: int | None = None, device: str = "cpu") -> CommGroup:
+    """All ranks, cut into nodes if asked; over NCCL if each has a GPU of its own (`cuda:own`)."""
     ranks = tuple(range(dist.get_world_size()))
+    if device == "cuda:own":
+        torch.cuda.set_device(dist.get_rank())
+        return CommGroup(ranks, dist.get_rank(), dist.new_group(list(ranks), backend="nccl"))
     pool = GroupPool()
     if inner_size is not None:
         pool.ensure(two_level_sets(ranks, inner_size))
@@ -154,10 +157,10 @@ def attend(
 ) -> dict[str, Any]:
     """One rank's part of out, lse and gradients, with its positions and what it has sent."""
     two_levels = "+" in strategy and dist.get_world_size() > 1
-    group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None)
+    group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None, device)
     layout, ledger = layout_of(layout_kind, case), Ledger()
     positions = torch.from_numpy(layout.positions(group.cp_rank))
-    x = {name: t[positions].to(device) for name, t in case.tensors().items()}
+    x = {name: t[positions].to(device.removesuffix(":own")) for name, t in case.tensors().items()}
     for name in "qkv":
         x[name].requires_grad_()
     out, lse = attention(

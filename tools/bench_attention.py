@@ -64,6 +64,7 @@ class Options:
     strategies: list[str]
     layout: str
     repeats: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[8, 4], metavar=("QUERY", "KV"))
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", default="", help="a sentence about the machine for the table")
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
     options = Options(
@@ -133,6 +135,7 @@ def main() -> None:
         strategies=args.strategies,
         layout=args.layout,
         repeats=args.repeats,
+        note=args.note,
     )
     results = [r for n in args.ranks for r in run_ranks(options, n)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +384,8 @@ def report(options: Options, results: list[Result]) -> str:
         "",
         f"{options.dtype}, {options.num_heads} query and {options.num_kv_heads} key/value heads of "
         f"{options.head_dim}, layout {options.layout}, ranks of one machine over gloo. Times are "
-        f"medians of {options.repeats}; MiB of the busiest rank, there and back.",
+        f"medians of {options.repeats}; MiB of the busiest rank, there and back. "
+        f"{options.note}",
         "",
         f"| {' | '.join(COLUMNS)} | |",
         "|---" * (len(COLUMNS) + 1) + "|",

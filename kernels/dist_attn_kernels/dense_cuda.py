@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -69,7 +67,7 @@ class FlashBackend:
         out, lse, *_ = aten._flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, segments.causal, False, scale=softmax_scale
         )
-        if min(b - a for a, b in itertools.pairwise(segments.cu_k)) == 0:
+        if segments.has_empty_keys:
             # It marks queries without keys by +inf.
             lse = lse.masked_fill(torch.isposinf(lse), float("-inf"))
         return out[..., :dim], lse

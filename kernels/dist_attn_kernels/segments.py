@@ -46,6 +46,11 @@ class Segments:
         """Longest segment of the queries and of the keys."""
         return max(_sizes(self.cu_q), default=0), max(_sizes(self.cu_k), default=0)
 
+    @functools.cached_property
+    def has_empty_keys(self) -> bool:
+        """Whether some segment has no keys."""
+        return 0 in _sizes(self.cu_k)
+
     def cut(self, first: int, end: int) -> Segments:
         """Return some of the segments as a call of their own, made once."""
         if (first, end) == (0, len(self)):
