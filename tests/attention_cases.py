@@ -120,7 +120,9 @@ def world_group(inner_size: int | None = None, device: str = "cpu") -> CommGroup
     ranks = tuple(range(dist.get_world_size()))
     if device == "cuda:own":
         torch.cuda.set_device(dist.get_rank())
-        return CommGroup(ranks, dist.get_rank(), dist.new_group(list(ranks), backend="nccl"))
+        nccl = dist.new_group(list(ranks), backend="nccl")
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=nccl)
+        return CommGroup(ranks, dist.get_rank(), nccl)
     pool = GroupPool()
     if inner_size is not None:
         pool.ensure(two_level_sets(ranks, inner_size))
