@@ -22,6 +22,7 @@ from dist_attn.planner.check import check_plan
 from dist_attn.planner.flexsp import FlexSPCost, flexsp_cluster
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.solve import plan, static_plan
+from dist_attn.planner.step_plan import plan_step
 
 RULES = PlannerConfig(time_limit_s=60.0)
 
@@ -73,6 +74,9 @@ def measure(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         row["free_degrees_ms"] = _checked(
             plan(lengths, cluster, alone, free, strategies, args.seed), lengths, cluster, alone
         )
+        step = plan_step(lengths, cluster, alone, RULES, strategies, args.seed)
+        row["step_ms"] = _checked(step, lengths, cluster, alone)
+        row["step_bound_ms"] = step.lower_bound_s * 1e3
     shown = [f"{row['name']:24s}"]
     for key, value in row.items():
         if isinstance(value, float):
@@ -108,7 +112,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         others = [r[key] / r["ours_ms"] for r in rows if r.get(key)]
         if others:
             result[f"mean_ratio_to_{key[:-3]}"] = statistics.mean(others)
-    for key in ("degree1_ms", "free_degrees_ms"):
+    for key in ("degree1_ms", "free_degrees_ms", "step_ms", "step_bound_ms"):
         gains = [r["flexsp_ms"] / r[key] for r in known if r.get(key)]
         if gains:
             result[f"mean_ratio_{key[:-3]}"] = statistics.mean(gains)
