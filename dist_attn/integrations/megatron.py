@@ -14,6 +14,7 @@ of each micro-batch and may change from one to the next.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.errors import ConfigError
 
+# Its FSDP, which is not used, says at import which version of itself it is.
+logging.getLogger("megatron.core.distributed.fsdp").setLevel(logging.WARNING)
 with warnings.catch_warnings():
     # It says once per file that Transformer Engine and Apex are not installed.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex)", category=UserWarning)

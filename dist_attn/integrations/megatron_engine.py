@@ -8,6 +8,7 @@ its rank's share of the step's mean loss.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,9 @@ from dist_attn.integrations.megatron_shards import (
     ShardedOptimizer,
     Sharding,
 )
+
+# It advises on CUDA's connections where there may be no CUDA; docs/megatron.md does so instead.
+warnings.filterwarnings("ignore", message="When using async grad allreduce")
 
 
 class MegatronEngine:

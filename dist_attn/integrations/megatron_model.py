@@ -173,4 +173,5 @@ def _transformer_config(hf: CausalLM, sizes: Sizes, dtype: torch.dtype) -> Trans
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        cuda_graph_scope=[],
     )

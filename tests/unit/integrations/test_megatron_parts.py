@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dist_attn import integrations
 from dist_attn.config import Config, ModelConfig
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.hf import build_model
@@ -24,6 +27,33 @@ from dist_attn.planner.cost import CostModel
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.topology import Topology
+
+INTEGRATIONS = Path(integrations.__file__).parent
+
+
+def imported_by(path: Path) -> set[str]:
+    """Names of all modules that a file imports, functions' imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(INTEGRATIONS.glob("*.py")), ids=lambda p: p.name)
+def test_no_engine_imports_the_other(path: Path) -> None:
+    of_megatron = path.name.startswith("megatron")
+    foreign = ("deepspeed", "dist_attn.integrations.deepspeed")
+    if not of_megatron:
+        foreign = ("megatron", "dist_attn.integrations.megatron")
+    assert not [name for name in imported_by(path) if name.startswith(foreign)]
+
+
+def test_imports_are_seen() -> None:
+    assert "megatron.core.distributed" in imported_by(INTEGRATIONS / "megatron_shards.py")
+    assert "deepspeed" in imported_by(INTEGRATIONS / "deepspeed_engine.py")
 
 
 def inverse_frequencies(dim: int, base: float = 10000.0) -> torch.Tensor:
