@@ -7,13 +7,23 @@ CFG    ?= configs/quickstart.yaml
 RUN    ?= runs/$(basename $(notdir $(CFG)))-$(shell date +%Y%m%d-%H%M%S)
 TESTS  ?= tests
 
-.PHONY: train test check format clean
+.PHONY: train test test-faults test-slurm check format clean
 
 train: $(VENV)/installed
 	$(BIN)/dist-attn train --cfg $(CFG) --set run.dir=$(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TESTS)
+
+# Kills, stops, stalls and long runs: too slow for every change.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+# A SLURM of two nodes on this machine, for the length of the test. As root, on Debian or Ubuntu.
+test-slurm: $(VENV)/installed
+	@export PATH="$$PATH:/usr/sbin"; command -v slurmctld && command -v slurmd && command -v sbatch || \
+	  { apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
