@@ -33,6 +33,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: A rank that waits longer than this for the others gives up with an error.
     timeout_s: PositiveFloat = 600.0
+    #: What follows a loss or gradient that is NaN or infinite: end the run, or leave the step out.
+    nonfinite: Literal["stop", "skip"] = "stop"
 
 
 class ModelConfig(Section):

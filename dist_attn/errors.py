@@ -30,6 +30,10 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged or does not fit the run."""
 
 
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite: the data, the learning rate or the precision."""
+
+
 class NodeError(RuntimeError):
     """A machine at fault: a rank that never came, no longer answers, or a node unfit to train.
 

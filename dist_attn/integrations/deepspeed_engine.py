@@ -7,6 +7,7 @@ ranks. What makes the gradients those of the whole step is the scale in `backwar
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,9 +65,24 @@ class DeepSpeedEngine:
         """Update the parameters; see the protocol."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._stage == 0:
+            # DeepSpeed neither looks at these gradients nor tells their norm.
+            norm = self._norm_of_whole_gradients()
+            if math.isfinite(norm):
+                self._engine.step()
+            self._engine.module.zero_grad()
+            return norm
         self._engine.step()
+        # ZeRO leaves such a step out by itself, and tells the norm of the one before.
+        if self._engine.optimizer.overflow:
+            return float("nan")
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def _norm_of_whole_gradients(self) -> float:
+        """Norm of the reduced gradients, which every rank holds whole at stage 0."""
+        gradients = [p.grad for p in self._params.values() if p.grad is not None]
+        return float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
 
     def full_gradient(self, name: str) -> Tensor:
         """A parameter's whole gradient; see the protocol."""

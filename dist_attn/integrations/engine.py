@@ -69,6 +69,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Update the parameters; returns the gradients' global norm before clipping.
 
+        Gradients that are not finite change nothing and are forgotten; the norm says so.
+
         Collective: by all ranks.
         """
 

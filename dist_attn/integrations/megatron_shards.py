@@ -89,6 +89,10 @@ class ShardedOptimizer:
     def step(self, lr: float) -> float:
         """See `Sharding`."""
         norm = self._norm()
+        if not math.isfinite(norm):
+            for flat in self._flats:
+                flat.gradient.zero_()
+            return norm
         if 0 < self._config.gradient_clipping < norm:
             for flat in self._flats:
                 flat.gradient_shard.mul_(self._config.gradient_clipping / (norm + 1e-6))
@@ -261,7 +265,10 @@ class DistributedOptimizer:
         """See `Sharding`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        _, norm, _ = self._optimizer.step()
+        self._optimizer.prepare_grads()
+        norm = self._optimizer.get_grad_norm()
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._buffers.zero_grad_buffer()
         self._optimizer.zero_grad()
         return float(norm)

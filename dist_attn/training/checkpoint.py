@@ -54,6 +54,8 @@ class TrainState:
     tokens: int
     #: The resolved configuration as plain data, the corpus's fingerprint among it.
     identity: dict[str, Any]
+    #: Steps that were left out because their gradients were not finite.
+    skipped: int = 0
 
 
 def save_checkpoint(
@@ -157,7 +159,8 @@ def load_checkpoint(path: Path, engine: Engine, runtime: Runtime) -> None:
         _fill(path, manifest, fragments)
         if manifest["world_size"] == runtime.world_size:
             _restore_random_state(path / manifest["files"][runtime.rank]["file"], runtime)
-    engine.refresh(manifest["state"]["step"])
+    state = manifest["state"]
+    engine.refresh(state["step"] - state.get("skipped", 0))
 
 
 def read_parameters(path: Path) -> dict[str, torch.Tensor]:

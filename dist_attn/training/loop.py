@@ -36,6 +36,7 @@ from dist_attn.training.metrics import (
     imbalance,
     memory_gib,
 )
+from dist_attn.training.nonfinite import NonFinitePolicy
 from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
 from dist_attn.training.runtime import Runtime, choose_device, start_runtime
@@ -172,6 +173,7 @@ class _Run:
         self._plans = plans
         self._pool = GroupPool(64 * config.engine.tensor_parallel_degree)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
+        self._nonfinite = NonFinitePolicy(config.run.nonfinite, corpus.name, speaks=runtime.is_main)
         self._mark: Mark
         self._engine: Engine
         self._runner: StepRunner
@@ -244,11 +246,14 @@ class _Run:
             self._mark(step, "the exchange of metrics")
             reports = self._exchange(time.perf_counter() - begun, result)
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
+            suspects = [d for r in reports for d in r.result.suspects]
+            skipped = self._nonfinite.skipped(step, metrics.loss, norm, suspects)
             if reporter is not None:
                 reporter.step(metrics, plan)
             state = TrainState(
                 step + 1, following.epoch, following.offset,
                 state.tokens + metrics.tokens, state.identity,
+                state.skipped + skipped,
             )  # fmt: skip
             ids, following = next_ids, after
             stop = next((r.stop for r in reports if r.stop), None)

@@ -35,6 +35,8 @@ class StepResult:
     #: This rank's tokens of documents, and its padding.
     tokens: int
     padding: int
+    #: Documents of this rank's groups whose loss is not finite.
+    suspects: tuple[int, ...] = ()
 
 
 class StepRunner:
@@ -74,6 +76,7 @@ class StepRunner:
         total = valid_tokens(plan.lengths)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         watch = _Stopwatch(self._runtime.device)
+        losses: list[Tensor] = []
         tokens = padding = 0
         last = len(plan.micro_batches) - 1
         for index, micro_batch in enumerate(plan.micro_batches):
@@ -82,25 +85,47 @@ class StepRunner:
             watch.start()
             loss = self._forward(batch, context)
             watch.stop()
-            loss_sum += loss.detach().double()
+            losses.append(loss.detach())
+            loss_sum += losses[-1].double()
+            if index == last:
+                mark("the sum of the losses")
+                loss = loss * self._one_if_finite(loss_sum)
             mark(f"backward of micro-batch {index}")
             # A step of one-token documents predicts nothing; its gradients are zero.
             self._engine.backward(loss, max(total, 1), last=index == last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
+        mean = float(loss_sum) / max(total, 1)
+        suspects: tuple[int, ...] = ()
+        if not math.isfinite(mean):
+            suspects = self._suspects(plan, document_ids, losses)
+        return StepResult(mean, watch.seconds(), tokens, padding, suspects)
+
+    def _one_if_finite(self, loss_sum: Tensor) -> Tensor:
+        """Add up the ranks' losses in place; 1, or NaN if the sum is not finite.
+
+        The last micro-batch's loss is multiplied by it, so that a step whose loss is not finite has
+        no finite gradients either and the engine leaves it out; the host need not wait for it.
+        """
         # Ranks that hold one model between them have the same loss: one of them counts.
         if self._topology.tensor_rank:
             loss_sum.zero_()
-        mark("the sum of the losses")
         dist.all_reduce(loss_sum)
-        mean = float(loss_sum) / max(total, 1)
-        if not math.isfinite(mean):
-            names = ", ".join(self._corpus.name(int(d)) for d in document_ids[:5])
-            raise FloatingPointError(
-                f"the loss is {mean}; the step's first documents are {names}; the weights before "
-                f"this step are in the newest checkpoint"
-            )
-        return StepResult(mean, watch.seconds(), tokens, padding)
+        return (1 + (loss_sum - loss_sum)).float()
+
+    def _suspects(
+        self, plan: Plan, document_ids: IntArray, losses: list[Tensor]
+    ) -> tuple[int, ...]:
+        found: list[int] = []
+        for micro_batch, loss in zip(plan.micro_batches, losses, strict=True):
+            group = self._group(micro_batch)
+            if group is not None and not math.isfinite(float(loss)):
+                found += [int(document_ids[d]) for d in group.documents]
+        return tuple(found)
+
+    def _group(self, micro_batch: MicroBatch) -> Group | None:
+        plan_rank = self._topology.plan_rank
+        return next((g for g in micro_batch.groups if plan_rank in g.ranks), None)
 
     def _forward(self, batch: LocalBatch, context: AttentionContext) -> Tensor:
         return self._engine.forward(
@@ -116,7 +141,7 @@ class StepRunner:
         """This rank's tensors of a micro-batch, and how their attention is carried out."""
         topology = self._topology
         self._pool.ensure(s for g in micro_batch.groups for s in topology.everyone(g.ranks))
-        group = next((g for g in micro_batch.groups if topology.plan_rank in g.ranks), None)
+        group = self._group(micro_batch)
         comm = self._comm_group(group)
         batch = build_local_batch(
             self._corpus,
