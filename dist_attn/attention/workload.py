@@ -58,6 +58,7 @@ class Workload:
     def __init__(
         self, mask: Mask, layout: Layout, cp_rank: int, heads: tuple[int, ...], num_kv_heads: int
     ) -> None:
+        mask.check(layout.seq_len)
         self.mask = mask
         self.layout = layout
         self.cp_rank = cp_rank

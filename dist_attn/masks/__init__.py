@@ -1,11 +1,11 @@
 """What may attend to what: rules as data, composable with `&` and `|`."""
 
 from dist_attn.masks.base import And, Mask, Or
+from dist_attn.masks.blocks import BlockList, StridedBlocks
 from dist_attn.masks.dense import DenseForm, dense_form
 from dist_attn.masks.rules import (
     BlockCausal,
     BlockDistance,
-    BlockList,
     Causal,
     DocumentPrefix,
     Documents,
@@ -14,7 +14,6 @@ from dist_attn.masks.rules import (
     PerHead,
     Predicate,
     Queries,
-    StridedBlocks,
     Window,
 )
 from dist_attn.masks.tiles import TileLists, stretches, tile_lists

@@ -41,6 +41,13 @@ class Mask(ABC):
     def full(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
         """Return keys that every query of first..last may attend to; they need not be all."""
 
+    def check(self, seq_len: int) -> None:  # noqa: B027 - most rules fit any stream
+        """Refuse a stream that the mask is not made for.
+
+        Raises:
+            PlanError: it is made for a stream of another length.
+        """
+
     @property
     def exact_rows(self) -> bool:
         """Whether `touched` of a single query is exactly what it may attend to."""
@@ -99,6 +106,11 @@ class Mask(ABC):
 class _Pair(Mask):
     left: Mask
     right: Mask
+
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        self.left.check(seq_len)
+        self.right.check(seq_len)
 
     @property
     def exact_rows(self) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.errors import PlanError
 from dist_attn.layout import IntArray
 from dist_attn.masks.base import And, Mask
 from dist_attn.masks.rules import Causal, Documents, Full
@@ -37,11 +36,7 @@ def dense_form(mask: Mask, seq_len: int) -> DenseForm | None:
         case Causal():
             return DenseForm(np.array([0, seq_len]), True)
         case Documents():
-            if mask.seq_len != seq_len:
-                raise PlanError(
-                    f"the mask's documents hold {mask.seq_len} tokens, the stream {seq_len}; "
-                    f"make both from the same cu_seqlens"
-                )
+            mask.check(seq_len)
             return DenseForm(mask.cu_seqlens, False)
         case And():
             left, right = dense_form(mask.left, seq_len), dense_form(mask.right, seq_len)

@@ -10,6 +10,7 @@ import numpy as np
 from dist_attn.errors import PlanError
 from dist_attn.layout import IntArray, check_cu_seqlens
 from dist_attn.masks.base import Mask
+from dist_attn.masks.blocks import StridedBlocks
 from dist_attn.masks.rules import (
     BlockCausal,
     BlockDistance,
@@ -19,7 +20,6 @@ from dist_attn.masks.rules import (
     Keys,
     PerHead,
     Queries,
-    StridedBlocks,
     Window,
 )
 

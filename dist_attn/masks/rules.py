@@ -92,6 +92,10 @@ class Documents(IntervalRule):
         """Tokens of the stream."""
         return int(self.cu_seqlens[-1])
 
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        check_length("documents", self.seq_len, seq_len)
+
     def bounds(self, q: IntArray) -> tuple[IntArray, IntArray]:
         """See `IntervalRule`."""
         return _start_and_end(self.cu_seqlens, q)
@@ -119,6 +123,10 @@ class DocumentPrefix(IntervalRule):
         object.__setattr__(self, "cu_seqlens", cu)
         object.__setattr__(self, "prefix_lens", np.minimum(lens, np.diff(cu)))
 
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        check_length("documents", int(self.cu_seqlens[-1]), seq_len)
+
     def bounds(self, q: IntArray) -> tuple[IntArray, IntArray]:
         """See `IntervalRule`."""
         start, _ = _start_and_end(self.cu_seqlens, q)
@@ -137,6 +145,10 @@ class BlockCausal(IntervalRule):
 
     def __init__(self, cu_blocks: Sequence[int] | IntArray) -> None:
         object.__setattr__(self, "cu_blocks", _frozen(cu_blocks))
+
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        check_length("blocks", int(self.cu_blocks[-1]), seq_len)
 
     def bounds(self, q: IntArray) -> tuple[IntArray, IntArray]:
         """See `IntervalRule`."""
@@ -203,111 +215,6 @@ class Queries(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class StridedBlocks(Mask):
-    """Every query attends to each `stride`-th block of keys, shifted from head to head.
-
-    Head h sees the blocks b with b % stride == (offset + h * head_shift) % stride.
-    """
-
-    seq_len: int
-    block: int
-    stride: int
-    offset: int = 0
-    head_shift: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.block, self.stride) < 1:
-            raise PlanError(f"block and stride are 1 or more, got {self.block}, {self.stride}")
-
-    def _residue(self, head: int) -> int:
-        return (self.offset + head * self.head_shift) % self.stride
-
-    def pattern(self, head: int) -> Hashable:
-        """See `Mask`."""
-        return self._residue(head)
-
-    def allows(self, q: IntArray, k: IntArray, head: int = 0) -> BoolArray:
-        """See `Mask`."""
-        return (k // self.block % self.stride == self._residue(head)) & (q >= 0)
-
-    def touched(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
-        """See `Mask`."""
-        step = self.block * self.stride
-        starts = np.arange(self._residue(head) * self.block, self.seq_len, step, dtype=np.int64)
-        keys = np.stack([starts, np.minimum(starts + self.block, self.seq_len)], axis=1)
-        return [Part(np.zeros(1, np.int64), np.full(1, NO_END), keys)]
-
-    def full(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
-        """See `Mask`."""
-        return self.touched(first, last, head)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockList(Mask):
-    """Each block of queries attends to the listed blocks of keys.
-
-    Attributes:
-        block_q: tokens of a query block.
-        block_k: tokens of a key block.
-        blocks: int64 [heads, query blocks, n] indices of key blocks, -1 where a list is shorter;
-            one head's list serves all heads. A block may be listed twice.
-    """
-
-    block_q: int
-    block_k: int
-    blocks: IntArray
-
-    def __post_init__(self) -> None:
-        if self.blocks.ndim != 3 or min(self.block_q, self.block_k) < 1:
-            raise PlanError(
-                f"a block list is [heads, query blocks, n] with blocks of a token at least, got "
-                f"{self.blocks.shape} and blocks of {self.block_q} and {self.block_k}"
-            )
-
-    def pattern(self, head: int) -> Hashable:
-        """See `Mask`."""
-        return head if len(self.blocks) > 1 else 0
-
-    def _of(self, head: int) -> IntArray:
-        if len(self.blocks) > 1 and head >= len(self.blocks):
-            raise PlanError(f"the block list has {len(self.blocks)} heads, head {head} was asked")
-        return self.blocks[head if len(self.blocks) > 1 else 0]
-
-    def _rows(self, q_block: IntArray, head: int) -> IntArray:
-        listed = self._of(head)
-        if q_block.size and q_block.max() >= len(listed):
-            raise PlanError(
-                f"the block list ends at query block {len(listed) - 1}, position "
-                f"{int(q_block.max()) * self.block_q} was asked"
-            )
-        return listed[q_block]
-
-    def allows(self, q: IntArray, k: IntArray, head: int = 0) -> BoolArray:
-        """See `Mask`."""
-        listed = self._rows(np.asarray(q) // self.block_q, head)
-        return (listed == np.asarray(k)[..., None] // self.block_k).any(-1)
-
-    def touched(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
-        """See `Mask`."""
-        from_block, to_block = first // self.block_q, last // self.block_q
-        parts = []
-        for ahead in range(int((to_block - from_block).max(initial=0)) + 1):
-            listed = self._rows(np.minimum(from_block + ahead, to_block), head)
-            parts += [self._part(listed[:, j]) for j in range(listed.shape[1])]
-        return parts
-
-    def full(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
-        """See `Mask`."""
-        listed = self._rows(first // self.block_q, head)
-        one_block = first // self.block_q == last // self.block_q
-        return [self._part(np.where(one_block, listed[:, j], -1)) for j in range(listed.shape[1])]
-
-    def _part(self, k_block: IntArray) -> Part:
-        lo = k_block * self.block_k
-        return Part(lo, np.where(k_block < 0, lo, lo + self.block_k))
-
-
-@dataclass(frozen=True, eq=False)
 class Predicate(Mask):
     """A rule of the user's own inside another mask, which says where it may hold at all.
 
@@ -319,6 +226,10 @@ class Predicate(Mask):
 
     function: Callable[[IntArray, IntArray, int], BoolArray]
     within: Mask
+
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        self.within.check(seq_len)
 
     @property
     def exact_rows(self) -> bool:
@@ -352,6 +263,11 @@ class PerHead(Mask):
         if not self.masks:
             raise PlanError("a mask per head needs one mask at least")
 
+    def check(self, seq_len: int) -> None:
+        """See `Mask`."""
+        for mask in self.masks:
+            mask.check(seq_len)
+
     @property
     def exact_rows(self) -> bool:
         """See `Mask`."""
@@ -375,6 +291,15 @@ class PerHead(Mask):
     def full(self, first: IntArray, last: IntArray, head: int = 0) -> list[Part]:
         """See `Mask`."""
         return self._of(head).full(first, last, head)
+
+
+def check_length(what: str, held: int, seq_len: int) -> None:
+    """Refuse a stream of another length than a mask was made for."""
+    if held != seq_len:
+        raise PlanError(
+            f"the mask's {what} hold {held} tokens, the stream {seq_len}; make both from the same "
+            f"cu_seqlens"
+        )
 
 
 def _frozen(cu_seqlens: Sequence[int] | IntArray) -> IntArray:

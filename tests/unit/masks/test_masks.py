@@ -7,6 +7,7 @@ import pytest
 
 from dist_attn.errors import PlanError
 from dist_attn.masks import (
+    BlockCausal,
     BlockDistance,
     BlockList,
     Causal,
@@ -14,6 +15,7 @@ from dist_attn.masks import (
     Documents,
     Full,
     PerHead,
+    Predicate,
     StridedBlocks,
     Window,
     dense_form,
@@ -152,6 +154,10 @@ def test_the_area_of_a_million_tokens_is_exact():
         (lambda: PerHead(()), "one mask at least"),
         (lambda: patterns.causal_blockwise([0]), "one block at least"),
         (lambda: dense_form(Documents([0, 5]), 6), "the stream 6"),
+        (lambda: (Causal() | DocumentPrefix([0, 5], 1)).check(6), "documents hold 5 tokens"),
+        (lambda: PerHead((Causal(), StridedBlocks(7, 1, 2))).check(6), "blocks hold 7 tokens"),
+        (lambda: (BlockCausal([0, 4]) & Full()).check(6), "blocks hold 4 tokens"),
+        (lambda: Predicate(lambda q, k, h: k < q, Documents([0, 5])).check(6), "hold 5 tokens"),
     ],
 )
 def test_bad_rules_are_refused(make, message):
