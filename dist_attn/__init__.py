@@ -1,1 +1,1 @@
-"""Distributed long-sequence training: planned context parallelism over local block-sparse kernels."""
+"""Distributed long-sequence training: planned context parallelism over block-sparse kernels."""

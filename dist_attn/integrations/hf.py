@@ -237,8 +237,8 @@ def _attention(
     if query_BHLD.shape[0] != 1:
         raise ValueError(f"dist_attn takes packed tokens, batch 1, got {query_BHLD.shape[0]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query_BHLD, key_BKLD, value_BKLD))
-    layer_context = context.of_layer(int(module.layer_idx)) if context.layers else context
-    out_LHD = attend_with_context(q, k, v, layer_context, softmax_scale=scaling)
+    layer: Any = module.layer_idx
+    out_LHD = attend_with_context(q, k, v, context.of_layer(layer), softmax_scale=scaling)
     return out_LHD.unsqueeze(0), None
 
 

@@ -41,7 +41,7 @@ def test_auto_dtype() -> None:
     config = Config()
     assert config.on("cpu").model.dtype == "fp32"
     assert config.on("cuda").model.dtype == "bf16"
-    with pytest.raises(ConfigError, match="zero_stage 0 with model.dtype bf16"):
+    with pytest.raises(ConfigError, match=r"zero_stage 0 with model.dtype bf16"):
         Config(engine={"zero_stage": 0}).on("cuda")
 
 

@@ -87,7 +87,7 @@ def test_identity_names_every_difference() -> None:
 def test_missing_checkpoints_name_the_others(tmp_path: Path) -> None:
     (tmp_path / "step-000002").mkdir()
     (tmp_path / "step-000002" / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="whole ones in .*: step-000002"):
+    with pytest.raises(CheckpointError, match=r"whole ones in .*: step-000002"):
         find_checkpoint(tmp_path, "step-000009")
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(CheckpointError, match="names step-000007, which is gone"):
