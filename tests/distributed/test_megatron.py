@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from dist_attn.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from dist_attn.data import build_local_batch, open_corpus, valid_tokens
@@ -163,3 +164,56 @@ def test_loss_and_gradients_do_not_depend_on_the_plan(
             assert gradient_error <= GRADIENT_TOLERANCE, case
         assert control[0] > 100 * LOSS_TOLERANCE
         assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+def save_checkpoint_with_yarn(folder: Path) -> None:
+    """A Mistral-type checkpoint of transformers with scaled rotary angles and sharp attention."""
+    torch.manual_seed(5)
+    config = MistralConfig(
+        vocab_size=261, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=None,
+        max_position_embeddings=2048, initializer_range=0.3, rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 5e4, "factor": 8.0,
+            "original_max_position_embeddings": 256,
+        },
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+
+
+def run_checkpoint(cache: str, folder: str) -> tuple[float, float, float]:
+    """Errors against the transformers model, and how far its loss is without the scaling."""
+    config = config_of("megatron", cache, 2)
+    config = config.model_copy(update={"model": ModelConfig(checkpoint=folder, dtype="fp32")})
+    corpus = open_corpus(config.data, Path(cache))
+    ids = documents_of(corpus.lengths)
+    lengths = corpus.lengths[ids]
+    group = Group((0,), "local", tuple(range(len(ids))), int(lengths.sum()), 0.0, 0.0, 0.0, 0)
+    batch = build_local_batch(corpus, ids, group)
+    context = local_context(batch, single_rank_group(0))
+    model = build_model(config.model, corpus.vocab_size, seed=0)
+    inputs = (batch.input_ids, batch.shift_labels, batch.position_ids, context)
+    mean = model(*inputs) / valid_tokens(lengths)
+    mean.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.model.rotary_emb.attention_scaling = 1.0
+    with torch.no_grad():
+        unscaled = model(*inputs).item() / valid_tokens(lengths)
+
+    engine = engine_of(config, corpus.vocab_size)
+    pool = GroupPool()
+    runner = StepRunner(engine, corpus, config, runtime_here(), pool)
+    result = runner.accumulate(make_plan([[(0, 1)]], "ring", tuple(map(int, lengths))), ids)
+    gradients = {n: engine.full_gradient(n) for n in expected}
+    pool.close()
+    engine.close()
+    control = abs(unscaled - mean.item()) / mean.item()
+    return *errors(result.loss, gradients, (mean.item(), expected)), control
+
+
+def test_a_checkpoint_of_transformers_is_what_it_was(cache: str, tmp_path: Path) -> None:
+    save_checkpoint_with_yarn(tmp_path)
+    for loss_error, gradient_error, control in run_ranks(run_checkpoint, 4, cache, str(tmp_path)):
+        assert loss_error <= LOSS_TOLERANCE
+        assert gradient_error <= GRADIENT_TOLERANCE
+        assert control > 1e-3

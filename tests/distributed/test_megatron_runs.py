@@ -75,12 +75,12 @@ def test_resumes_bit_for_bit_and_with_another_degree_or_engine(
     assert losses(same) == whole
 
     alone = shutil.copytree(folder, tmp_path / "alone")
-    run(config, alone, 2, megatron(1), WIDER, resume="step-000004")
+    run(config, alone, 4, megatron(1), resume="step-000004")
     assert losses(alone) != whole
     assert farthest(losses(alone), whole) < 1e-4
 
     other = shutil.copytree(folder, tmp_path / "other")
-    run(config, other, 3, WIDER, resume="step-000004")
+    run(config, other, 2, WIDER, resume="step-000004")
     assert farthest(losses(other), whole) < 1e-4
 
     back = shutil.copytree(deepspeed, tmp_path / "back")

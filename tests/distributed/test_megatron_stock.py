@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import import_module
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.data import LocalBatch, build_local_batch, open_corpus, valid_tokens
 from dist_attn.groups import GroupPool, single_rank_group
 from dist_attn.integrations.hf import CausalLM, build_model
-from dist_attn.integrations.megatron import PackedContext, attach, layer_spec
+from dist_attn.integrations.megatron import PackedContext, attach
 from dist_attn.integrations.megatron_groups import MegatronGroups
 from dist_attn.integrations.megatron_model import build_megatron_model
 from dist_attn.planner.plan import Group
@@ -42,12 +43,12 @@ def stock_loss(cache: str, with_rotary: bool) -> float:
     comm = pool.get(topology.members(group.ranks))
     batch = build_local_batch(corpus, ids, group, cp_rank=comm.cp_rank)
 
-    # What Megatron-LM does with --spec dist_attn.integrations.megatron layer_spec.
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=DEGREE)
     ours = build_weights(config.model, corpus.vocab_size)
     model = GPTModel(
         ours.config,
-        layer_spec,
+        # What Megatron-LM does with --spec dist_attn.integrations.megatron layer_spec.
+        import_module(("dist_attn.integrations.megatron", "layer_spec")),
         vocab_size=262,
         max_sequence_length=4096,
         position_embedding_type="rope",
