@@ -70,6 +70,20 @@ def save_checkpoint(
     """
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".{final.name}.partial"
+    try:
+        _write(partial, final, engine, state, runtime)
+        with runtime.together(), _Writing(folder):
+            if runtime.is_main:
+                _prune(folder, keep)
+    except CheckpointError:
+        # What is half written must not go on filling the disk.
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(partial: Path, final: Path, engine: Engine, state: TrainState, runtime: Runtime) -> None:
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     with runtime.together(), _Writing(partial):
@@ -94,8 +108,6 @@ def save_checkpoint(
     with runtime.together(), _Writing(final):
         if runtime.is_main:
             _finish(partial, final, state, files)
-            _prune(folder, keep)
-    return final
 
 
 def has_checkpoint(folder: Path) -> bool:

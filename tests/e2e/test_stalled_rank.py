@@ -1,0 +1,42 @@
+"""A rank that the system stopped: the run ends in a set time and names it, and goes on later."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.command import losses, run, small_config, start, wait_for_steps
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_sigstop_of_a_rank_ends_the_run_and_names_it(tmp_path: Path, stopped: int) -> None:
+    config = small_config(tmp_path)
+    short = ("--set", "run.timeout_s=8")
+    process = start("train", "--cfg", config, *short)
+    wait_for_steps(process, tmp_path / "run", 5)
+    ranks = {
+        child.environ().get("RANK"): child
+        for child in psutil.Process(process.pid).children(recursive=False)
+    }
+    ranks[str(stopped)].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    # The limit, the time to tell who is at fault, and the launcher's patience with that rank.
+    assert time.monotonic() - begun < 40
+    assert process.returncode == 69, err[-3000:]
+    assert f"rank {stopped} on" in err
+    assert "gives no sign of life, last seen in" in err
+    assert "Current thread" in err or "Thread 0x" in err  # the stacks
+    before = losses(tmp_path / "run")
+
+    again = run("train", "--cfg", config, *short, "--resume")
+    assert again.returncode == 0, again.stderr[-3000:]
+    after = losses(tmp_path / "run")
+    assert len(after) == 12
+    assert after[: len(before)] == before
