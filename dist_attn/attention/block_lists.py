@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL, BlockLists, Tiles, build_lists
-from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.layout import IntArray
 from dist_attn.masks import Mask, stretches, tile_lists
 from dist_attn.masks.parts import stack_parts, union_per_row
+from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL, BlockLists, Tiles, build_lists
+from dist_attn_kernels.segments import Saved
 
 #: Partial tiles whose elements are evaluated at a time.
 TILES_AT_A_TIME = 4096

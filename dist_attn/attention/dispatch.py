@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dist_attn_kernels.dense import choose_backend
 from torch import Tensor
 
 from dist_attn.attention.accumulate import accumulation_dtype
@@ -13,13 +12,15 @@ from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
 from dist_attn.attention.strategy import Call, Local, Strategy
+from dist_attn.attention.tile_step import why_not_block_sparse
 from dist_attn.attention.ulysses import Ulysses
 from dist_attn.attention.workload import workload
 from dist_attn.comm.ledger import Ledger
 from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout
-from dist_attn.masks import Mask
+from dist_attn.masks import Mask, dense_form
+from dist_attn_kernels.dense import choose_backend
 
 STRATEGIES: dict[str, Strategy] = {
     "local": Local(),
@@ -78,6 +79,26 @@ def make_call(
     if not gradient_dtype.is_floating_point:
         raise PlanError(f"gradient_dtype must be a floating-point type, got {gradient_dtype}")
     return Call(work, place.group, kernel, gradient_dtype, place.ledger)
+
+
+def explain_kernel(
+    mask: Mask, seq_len: int, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str:
+    """Say in one line which kernels compute a mask, and why others do not: for logs."""
+    if dense_form(mask, seq_len) is not None:
+        choice = choose_backend(device, dtype, head_dim)
+        refused = [f"{name} {reason}" for name, reason in choice.refused.items()]
+        cudnn = getattr(choice.backend, "cudnn_refusal", None)
+        refused += [f"cudnn: {cudnn}"] if cudnn else []
+        return f"dense kernels '{choice.backend.name}'" + _because(refused)
+    reason = why_not_block_sparse(device, dtype, head_dim)
+    if reason is None:
+        return "block-sparse kernels; the dense ones take documents that are full or causal"
+    return "plain torch operations on tiles, slow" + _because([f"block-sparse kernels {reason}"])
+
+
+def _because(refused: list[str]) -> str:
+    return f" ({'; '.join(refused)})" if refused else ""
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, group: CommGroup) -> None:

@@ -9,7 +9,6 @@ back the same way one stage later, and are added up in float32 in the order of t
 from __future__ import annotations
 
 import torch
-from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype, index_of
@@ -17,6 +16,7 @@ from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import HeadClass
 from dist_attn.comm.exchange import Exchange
+from dist_attn_kernels.segments import Saved
 
 
 class Gather(KeepsOwn):

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
@@ -23,6 +22,7 @@ from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange
+from dist_attn_kernels.segments import Saved
 
 #: Of a round in which nobody needs a block: no first and no last place.
 NOBODY = (0, -1)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from dist_attn_kernels.segments import Backend, Saved, Segments
 from torch import Tensor
 
 from dist_attn.attention.accumulate import Rows, RowSum, SoftmaxSum
 from dist_attn.attention.staircase import DenseCall
 from dist_attn.layout import IntArray
+from dist_attn_kernels.segments import Backend, Saved, Segments
 
 
 @dataclass(frozen=True)

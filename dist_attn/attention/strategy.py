@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
@@ -14,6 +13,7 @@ from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
+from dist_attn_kernels.segments import Saved
 
 
 @dataclass(frozen=True)

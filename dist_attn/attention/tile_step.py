@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from dist_attn_kernels import reference
-from dist_attn_kernels.segments import Saved
 from torch import Tensor
 
 from dist_attn.attention.accumulate import Rows, SoftmaxSum, accumulation_dtype
@@ -21,6 +19,8 @@ from dist_attn.attention.block_lists import BlockSparse
 from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.layout import IntArray
 from dist_attn.masks import Mask, TileLists, stretches, tile_lists
+from dist_attn_kernels import reference
+from dist_attn_kernels.segments import Saved
 
 #: Tokens of a tile's side in the torch path.
 TILE = 128
@@ -193,5 +193,16 @@ class TileStep:
         return self._block_sparse[key]
 
 
+def why_not_block_sparse(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Say why the block-sparse kernels cannot take such tensors, or None if they can."""
+    if device.type != "cuda":
+        return f"run on cuda, not on {device.type}"
+    if dtype not in _GPU_DTYPES:
+        return f"take float16, bfloat16 and float32, not {dtype}"
+    if head_dim not in _GPU_HEAD_DIMS:
+        return f"take head dimensions 16 to 256 in eights, not {head_dim}"
+    return None
+
+
 def _on_gpu(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in _GPU_DTYPES and q.shape[2] in _GPU_HEAD_DIMS
+    return why_not_block_sparse(q.device, q.dtype, q.shape[2]) is None

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dist_attn.attention import attention, tile_step
+from dist_attn.attention import attention, explain_kernel, tile_step
 from dist_attn.groups import single_rank_group
 from dist_attn.layout import make_layout
-from dist_attn.masks import Causal
+from dist_attn.masks import Causal, Window
 from tests.attention_cases import NAMES, Case, assert_as_good_as_torch, dense_mask, error, exact
 from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 
@@ -46,3 +46,16 @@ def test_the_scale_is_obeyed():
     scaled = attend(Causal(), case, softmax_scale=2 * case.head_dim**-0.5)
     torch.testing.assert_close(scaled["out"], attend(Causal(), doubled)["out"])
     assert not torch.allclose(scaled["out"], attend(Causal(), case)["out"])
+
+
+@pytest.mark.parametrize(
+    ("mask", "device", "dtype", "says"),
+    [
+        (Causal(), "cpu", torch.float32, "'cpu_flash' (cuda runs on cuda, not on cpu)"),
+        (Window(3, 0), "cpu", torch.float32, "slow (block-sparse kernels run on cuda, not on cpu)"),
+        (Window(3, 0), "cuda", torch.bfloat16, "block-sparse kernels; the dense ones"),
+        (Window(3, 0), "cuda", torch.float64, "not torch.float64"),
+    ],
+)
+def test_the_choice_of_kernels_is_explained(mask, device, dtype, says):
+    assert says in explain_kernel(mask, 10, torch.device(device), dtype, 64)
