@@ -249,6 +249,9 @@ def _segments(ramps: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
 def count_long(program: Program, at_least: int = 8) -> int:
     """How many documents are long: those that take more than half of a small group."""
     classes = program.classes
+    if all(c.kind.pool < 0 for c in classes):
+        # No pool has groups of its own that short documents could fill.
+        return len(program.lengths)
     degree = np.array([c.degree for c in classes])[:, None]
     work = (program.seconds * degree).min(axis=0)
     smallest = min(c.capacity_tokens for c in classes)

@@ -64,11 +64,13 @@ def describe(
     """The group as the plan tells it, with what it costs where it really lies."""
     kind = program.classes[group.cls].kind
     crosses = cluster.spans_nodes(ranks)
+    kinds = {cluster.device_of[r] for r in ranks}
+    pool = kinds.pop() if len(kinds) == 1 else -1
     lengths = program.lengths[np.array(group.documents)]
     strategies = {c.kind.strategy for c in program.classes if c.degree == kind.degree}
     best: Group | None = None
     for strategy in sorted(strategies):
-        actual = GroupKind(kind.degree, strategy, kind.pool, crosses)
+        actual = GroupKind(kind.degree, strategy, pool, crosses)
         if not cost.allows(actual) or lengths.sum() > kind.degree * cost.capacity_tokens(actual):
             continue
         found = Group(

@@ -37,6 +37,7 @@ def pour(fluid: Fluid, arrangement: Arrangement, steps: int = 7) -> list[Groups]
         if found is None:
             batches.append([])
             times.append(max(times))
+            assert len(batches) <= 2 * len(fluid.lengths), "an empty micro-batch holds any document"
     high = 1.0
     for slack in _SLACKS:
         low = 0.0

@@ -42,6 +42,8 @@ class _Draft:
     free: list[list[int]] = field(default_factory=list)
     #: Short tokens that one free device of each pool holds at the time aimed at.
     worth: list[list[float]] = field(default_factory=list)
+    #: Micro-batches and classes for which devices were counted but nodes do not fit.
+    barred: set[tuple[int, int]] = field(default_factory=set)
 
 
 class Search:
@@ -54,6 +56,9 @@ class Search:
         self.deadline = deadline
         self.late = False
         self.steps = 0
+        program = fluid.program
+        #: Whether a group may find no place although there are devices enough.
+        self._intricate = program.tight_nodes or len(program.nodes) > 1
 
     def start(self, aim_s: float, num_batches: int, tries: int = 0) -> Arrangement | None:
         """Insert the long documents, longest first, into batches that aim at some times.
@@ -273,7 +278,7 @@ class Search:
     def _insert(self, draft: _Draft, i: int) -> bool:
         """Put a document where it costs least, into an open group or a new one."""
         joined = self._best_group(draft, i)
-        opened = self._best_opening(draft, i)
+        opened = self._feasible_opening(draft, i)
         if joined is None and opened is None:
             return False
         if opened is None or (joined is not None and joined[0] <= opened[0]):
@@ -344,6 +349,19 @@ class Search:
                     best, found = cost, (cost, m, position)
         return found
 
+    def _feasible_opening(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
+        """The best opening whose devices exist, also where counting them does not tell."""
+        while True:
+            opened = self._best_opening(draft, i)
+            if opened is None or not self._intricate:
+                return opened
+            _, m, cls = opened
+            group = OpenGroup(cls, 0.0, 0, [i])
+            if self.fluid.free_devices([*draft.batches[m], group]) is not None:
+                return opened
+            # Groups are only added to a draft, so that this stays so.
+            draft.barred.add((m, cls))
+
     def _best_opening(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
         """The new group that costs a document least: (cost, micro-batch, class)."""
         fluid, price, choose = self.fluid, draft.price, self.random.random
@@ -359,7 +377,7 @@ class Search:
                 continue
             time_s, worth = draft.times[m], draft.worth[m]
             for cls, pool, degree, needed in options:
-                if degree > (free[pool] if pool >= 0 else most):
+                if degree > (free[pool] if pool >= 0 else most) or (m, cls) in draft.barred:
                     continue
                 cost = price * degree * (worth[pool] if pool >= 0 else min(worth))
                 left = time_s - needed

@@ -35,6 +35,7 @@ CLUSTERS = {
     "two nodes": ((2, 4, "h100-80gb"),),
     "uneven nodes": ((1, 3, "h100-80gb"), (1, 5, "h100-80gb")),
     "mixed": ((1, 4, "h100-80gb"), (1, 4, "a100-40gb")),
+    "one of each": ((1, 2, "h100-80gb"), (1, 2, "a100-40gb"), (1, 1, "b200-192gb")),
 }
 
 
@@ -141,6 +142,15 @@ def test_groups_stay_inside_nodes_where_they_fit(sixteen):
         for group in micro_batch.groups:
             if group.degree <= 8:
                 assert not cluster.spans_nodes(group.ranks)
+
+
+def test_a_group_of_unequal_devices_holds_what_no_pool_can():
+    cluster = make_cluster((1, 2, "h100-80gb"), (1, 2, "a100-40gb"), (1, 1, "b200-192gb"))
+    cost = CostModel.derive(make_shape(), cluster, 2, 1000)
+    lengths = [5000, 4500, 3000, *[100] * 30]
+    found = plan(lengths, cluster, cost, PlannerConfig(degrees="all"))
+    check_plan(found, lengths, cluster, cost)
+    assert max(g.degree for m in found.micro_batches for g in m.groups) == 5
 
 
 def test_ulysses_only_is_limited_by_heads():
