@@ -56,8 +56,6 @@ def launch(arguments: Sequence[str], num_ranks: int, node: NodePlace | None = No
     parsed = parse_args([*options, *arguments])
     # The others are passed on by `_pass_on`; elastic itself would kill the ranks 30 s later.
     parsed.signals_to_handle = "SIGINT"
-    # After one rank failed, the others get so long; a stopped one never ends by itself.
-    parsed.shutdown_timeout = 10
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
     try:

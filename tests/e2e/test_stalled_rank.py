@@ -27,8 +27,8 @@ def test_sigstop_of_a_rank_ends_the_run_and_names_it(tmp_path: Path, stopped: in
     ranks[str(stopped)].send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     _, err = process.communicate(timeout=90)
-    # The limit, the time to tell who is at fault, and the launcher's patience with that rank.
-    assert time.monotonic() - begun < 40
+    # The limit, 6 s to tell who is at fault, and torchrun's 30 s of patience with that rank.
+    assert time.monotonic() - begun < 60
     assert process.returncode == 69, err[-3000:]
     assert f"rank {stopped} on" in err
     assert "gives no sign of life, last seen in" in err
