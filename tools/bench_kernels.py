@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.block_sparse import block_sparse_backward, block_sparse_forward
 from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL, Tiles, build_lists
-from torch import Tensor
 
 K = 1024
 

@@ -270,19 +270,24 @@ def _generation(index: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _small_shared_memory(index: int) -> bool:
-    """Whether a block gets less shared memory than an A100's 163 KiB (consumer cards)."""
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin < 160 * 1024  # type: ignore[attr-defined]
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that one program can have on a CUDA device."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _row_bytes(call: _Call, dtype: torch.dtype) -> int:
+    """Bytes of a token of one head, as the Triton kernels hold it."""
+    return triton.next_power_of_2(call.head_dim) * dtype.itemsize
 
 
 def _launch(call: _Call, q: Tensor, kind: str) -> dict[str, int]:
-    """Warps and pipeline depth by head dim, within the device's shared memory."""
+    """Warps and pipeline depth."""
     if q.device.type != "cuda":
         return {"num_warps": 4, "num_stages": 1}
-    small = _small_shared_memory(q.device.index or 0) or q.dtype == torch.float32
-    wide = call.head_dim > 128
-    stages = 1 if small or (wide and kind != "forward") else 2
-    return {"num_warps": 8, "num_stages": stages}
+    stages = plain.pipeline_stages(
+        _row_bytes(call, q.dtype), kind, _shared_memory(q.device.index or 0)
+    )
+    return {"num_warps": 8, "num_stages": 1 if q.dtype == torch.float32 else stages}
 
 
 def _triton_forward(
@@ -297,7 +302,7 @@ def _triton_forward(
         lists.q_len, lists.k_len, call.scale * math.log2(math.e),
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), _interval_stride(lists),
         HEADS=call.heads, MASK_HEADS=lists.num_mask_heads,
-        PER_STEP=1 if call.head_dim > 128 else 2,
+        PER_STEP=1 if _row_bytes(call, q.dtype) > plain.NARROW_ROW_BYTES else 2,
         **_common(lists, call, q.dtype), **_launch(call, q, "forward"),
     )  # fmt: skip
 
@@ -319,7 +324,7 @@ def _triton_backward(
         q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dq.stride(0),
         _interval_stride(lists),
         HEADS=call.heads, MASK_HEADS=lists.num_mask_heads, PER_STEP=1,
-        **common, **_launch(call, q, "dq"),
+        **common, **_launch(call, q, "backward"),
     )  # fmt: skip
     per_query_head = lists.num_mask_heads != lists.num_mask_kv_heads
     grid = (lists.cols.shape[0] * (call.kv_heads // lists.num_mask_kv_heads),)
@@ -332,7 +337,7 @@ def _triton_backward(
         KV_HEADS=call.kv_heads, MASK_KV_HEADS=lists.num_mask_kv_heads,
         HEADS_PER_MASK=call.heads // lists.num_mask_heads,
         LOOP=1 if per_query_head else call.group,
-        **common, **_launch(call, q, "dkv"),
+        **common, **_launch(call, q, "backward"),
     )  # fmt: skip
 
 

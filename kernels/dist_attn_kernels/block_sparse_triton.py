@@ -13,6 +13,31 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+#: A token of a head of 128 in 16 bits: what every kernel holds twice over.
+NARROW_ROW_BYTES = 256
+#: Shared memory of a program on the two generations that the kernels are compiled for in the tests.
+A100_SHARED_BYTES = 166912
+H100_SHARED_BYTES = 232448
+
+
+def pipeline_stages(row_bytes: int, kind: str, shared_bytes: int) -> int:
+    """How many steps the Triton kernels fetch ahead, by what shared memory holds.
+
+    Raises:
+        ValueError: not even one.
+    """
+    if row_bytes <= NARROW_ROW_BYTES:
+        return 2 if shared_bytes >= A100_SHARED_BYTES else 1
+    if row_bytes <= 2 * NARROW_ROW_BYTES:
+        if shared_bytes >= H100_SHARED_BYTES:
+            return 2 if kind == "forward" else 1
+        if kind == "forward" and shared_bytes >= A100_SHARED_BYTES:
+            return 1
+    raise ValueError(
+        f"a {kind} with {row_bytes} bytes a token and head does not fit {shared_bytes} bytes of "
+        f"shared memory; use float16 or bfloat16 and a head_dim of at most 128, or a GPU with "
+        f"{H100_SHARED_BYTES} bytes for up to {2 * NARROW_ROW_BYTES} bytes a token"
+    )
 
 
 @triton.jit

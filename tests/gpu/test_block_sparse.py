@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.block_sparse import (
     block_sparse_attention,
@@ -14,7 +15,6 @@ from dist_attn_kernels.block_sparse import (
     why_not_hopper,
 )
 from dist_attn_kernels.lists import Tiles, build_lists
-
 from tests.unit.kernels import block_sparse_cases as cases
 
 pytestmark = [

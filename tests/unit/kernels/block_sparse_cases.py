@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.lists import BITS, FULL, INTERVAL, Tiles, num_blocks
-from torch import Tensor
 
 
 def random_mixed_tiles(q_len: int, k_len: int, heads: int, seed: int, pairs: int = 1) -> Tiles:

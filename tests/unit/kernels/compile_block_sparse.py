@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import triton
-from dist_attn_kernels import block_sparse, rules
-from dist_attn_kernels.lists import build_lists
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from dist_attn_kernels import block_sparse, rules
+from dist_attn_kernels.lists import build_lists
 
 
 class NoDevice:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.block_sparse import (
     block_sparse_attention,
     block_sparse_backward,
     block_sparse_forward,
 )
+from dist_attn_kernels.block_sparse_triton import (
+    A100_SHARED_BYTES,
+    H100_SHARED_BYTES,
+    pipeline_stages,
+)
 from dist_attn_kernels.lists import FULL, Tiles, build_lists
-
 from tests.unit.kernels import block_sparse_cases as cases
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs tests/gpu instead")
@@ -141,3 +146,17 @@ def test_refusals(change: dict, word: str) -> None:
     k = torch.randn(100, 2, q.shape[2])
     with pytest.raises(ValueError, match=word):
         block_sparse_forward(q, k, k, lists, **change)
+
+
+def test_stages_by_shared_memory() -> None:
+    assert pipeline_stages(256, "backward", A100_SHARED_BYTES) == 2
+    assert pipeline_stages(256, "backward", 101376) == 1
+    assert pipeline_stages(512, "forward", H100_SHARED_BYTES) == 2
+    assert pipeline_stages(512, "forward", A100_SHARED_BYTES) == 1
+    for row_bytes, kind, shared in [
+        (512, "backward", A100_SHARED_BYTES),
+        (512, "forward", 101376),
+        (1024, "forward", H100_SHARED_BYTES),
+    ]:
+        with pytest.raises(ValueError, match="head_dim of at most 128"):
+            pipeline_stages(row_bytes, kind, shared)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_attn_kernels.block_sparse_triton import A100_SHARED_BYTES, H100_SHARED_BYTES
+
 ROOT = Path(__file__).parents[3]
-H100_SHARED_BYTES = 232448
-A100_SHARED_BYTES = 166912
 
 
 def compiled(arch: int, cache: Path) -> list[list[str]]:

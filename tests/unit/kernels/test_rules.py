@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.lists import EMPTY, FULL, ROW_QUERIES, Tiles, build_lists
-
 from tests.unit.kernels import block_sparse_cases as cases
 
 NAMES = ["causal", "window", "documents", "s2", "s2_128_documents", "mixed"]

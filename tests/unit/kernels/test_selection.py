@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dist_attn_kernels import rules
 from dist_attn_kernels.block_sparse import block_sparse_attention
 from dist_attn_kernels.lists import build_lists
 from dist_attn_kernels.selection import permute_keys, permuted_topk, topk_tiles
-
 from tests.unit.kernels import block_sparse_cases as cases
 
 LENGTH, HEADS, KV_HEADS, DIM = 700, 4, 2, 16
