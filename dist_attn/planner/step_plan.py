@@ -241,7 +241,8 @@ def _level(
         full = fixed + capacity * fluid.rate[filler]
         for block in board.blocks(filler).tolist():
             ready = float(board.ready[block].max())
-            count = max(1, math.ceil((end_s - ready) / full * (1 - 1e-9)))
+            needed = math.ceil((end_s - ready) / full * (1 - 1e-9))
+            count = max(1, min(needed, len(short)))
             each = (end_s - ready) / count
             if each <= fixed:
                 continue
