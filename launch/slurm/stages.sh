@@ -29,7 +29,8 @@ for config in "$@"; do
   job=$(sbatch --parsable "${after[@]}" --kill-on-invalid-dep=yes --job-name="stage-$stage" \
     "${options[@]}" "$script" --cfg "$config" --set "run.dir=$run" "${weights[@]}")
   export=$(sbatch --parsable --dependency="afterok:$job" --kill-on-invalid-dep=yes \
-    --job-name="export-$stage" --nodes=1 --ntasks=1 --output=%x-%j.out \
+    --output=%x-%j.out "${options[@]}" \
+    --job-name="export-$stage" --nodes=1 --ntasks=1 --ntasks-per-node=1 --gpus-per-node=0 \
     --wrap="PATH=\$PWD/.venv/bin:\$PATH; test -d $run/export || dist-attn export --run $run --out $run/export")
   echo "stage $stage: job $job trains $config in $run, job $export exports its weights"
   after=(--dependency="afterok:$export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -107,6 +108,33 @@ def wait_for_restarts(cluster: SlurmCluster, job: str, restarts: int) -> None:
     while int(cluster.job(job)["Restarts"]) < restarts:
         assert time.monotonic() < deadline, cluster.job(job)
         time.sleep(0.2)
+
+
+def test_stages_begin_with_the_weights_of_the_stage_before(
+    cluster: SlurmCluster, place: Path
+) -> None:
+    configs = []
+    for stage, tokens in ((1, 256), (2, 512)):
+        text = (place / "small.yaml").read_text()
+        text = text.replace("max_document_tokens: 512", f"max_document_tokens: {tokens}")
+        text = text.replace("steps: 12", f"steps: {STEPS if stage == 1 else 2}")
+        configs.append(place / f"stage{stage}.yaml")
+        configs[-1].write_text(text)
+    told = cluster.run(
+        place / "launch/slurm/stages.sh", "--chdir", place, "--nodes=2", "--ntasks-per-node=2",
+        "--gpus-per-node=2", "--cpus-per-task=1", "--", *configs,
+    )  # fmt: skip
+    jobs = re.findall(r"job (\d+)", told)
+    assert len(jobs) == 4
+    for job in jobs[:3]:
+        end = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=300)
+        assert end["JobState"] == "COMPLETED", told + cluster.logs()
+    end = cluster.wait(jobs[3], "COMPLETED", "FAILED", "CANCELLED", timeout_s=120)
+    assert end["JobState"] == "COMPLETED"
+    first, second = (losses(place / "runs" / f"stage-{stage}") for stage in (1, 2))
+    # Untrained weights would begin where stage 1 began.
+    assert second[0] < (first[0] + first[-1]) / 2
+    assert (place / "runs/stage-2/export/config.json").is_file()
 
 
 def test_bad_input_is_not_started_again(cluster: SlurmCluster, place: Path) -> None:
