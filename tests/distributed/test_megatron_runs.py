@@ -89,6 +89,16 @@ def test_resumes_bit_for_bit_and_with_another_degree_or_engine(
     assert farthest(losses(back), losses(deepspeed)) < 1e-4
 
 
+def test_masks_of_layers_are_carried_out(config: Path, tmp_path: Path) -> None:
+    masks = "attention.masks=[{layers: [1], kind: window, window_tokens: 5}]"
+    run(config, tmp_path / "deepspeed", 4, "run.steps=6", masks)
+    run(config, tmp_path / "megatron", 4, "run.steps=6", masks, megatron(2), WIDER)
+    run(config, tmp_path / "causal", 4, "run.steps=6", megatron(1))
+    masked = losses(tmp_path / "megatron")
+    assert farthest(masked, losses(tmp_path / "deepspeed")) < 1e-4
+    assert farthest(masked, losses(tmp_path / "causal")) > 1e-3
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     text = refused(
