@@ -55,7 +55,7 @@ def meet(rank: int, world_size: int, timeout_s: float) -> tuple[dist.Store, list
     return dist.PrefixStore("run", store), [nodes[r] for r in range(world_size)]
 
 
-def _open_store(rank: int, timeout_s: float) -> dist.TCPStore:
+def _open_store(rank: int, timeout_s: float) -> dist.Store:
     names = ("MASTER_ADDR", "MASTER_PORT")
     missing = [n for n in names if n not in os.environ]
     if missing:
@@ -63,10 +63,11 @@ def _open_store(rank: int, timeout_s: float) -> dist.TCPStore:
             f"{', '.join(missing)} not set, which torchrun and srun jobs do for ranks"
         )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent often keeps a store there already.
+    # torchrun's agent often keeps a store there already, over restarts of the ranks.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             host,
             port,
             is_master=rank == 0 and not agent,
@@ -74,6 +75,7 @@ def _open_store(rank: int, timeout_s: float) -> dist.TCPStore:
             wait_for_workers=False,
             multi_tenant=not agent,
         )
+        return dist.PrefixStore(f"attempt-{attempt}", store)
     except dist.DistError as error:
         what = "listen" if rank == 0 and not agent else "reach rank 0"
         text = str(error).splitlines()[0]

@@ -84,7 +84,7 @@ def training_on_a_small_disk(config: str, overrides: list[str], limited_rank: in
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("limited_rank", [0, 1])
+@pytest.mark.parametrize("limited_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
     tmp_path: Path, limited_rank: int
 ) -> None:
