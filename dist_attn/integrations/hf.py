@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -18,6 +17,8 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
+from dist_attn.integrations.rotary import ExactRotary
+from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
 ATTENTION_NAME = "dist_attn"
 #: Families whose attention layers call the interface with nothing but rotated q, k, v and a scale.
@@ -103,6 +104,8 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
         decoder = AutoModelForCausalLM.from_config(
             _llama_config(config, vocab_size), attn_implementation=ATTENTION_NAME
         )
+    # Before the cast, which would round its frequencies.
+    decoder.model.rotary_emb = ExactRotary(decoder.model.rotary_emb)
     nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
     if config.gradient_checkpointing:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,6 @@ of each micro-batch and may change from one to the next.
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.errors import ConfigError
+from dist_attn.integrations.rotary import rotary_angles
 
 # Its FSDP, which is not used, says at import which version of itself it is.
 logging.getLogger("megatron.core.distributed.fsdp").setLevel(logging.WARNING)
@@ -162,8 +162,7 @@ class ExplicitRotary(nn.Module):
         """Angles [L, 1, 1, D], float32, of positions [1, L]."""
         if self.inv_freq.device != position_ids.device:
             self.inv_freq = self.inv_freq.to(position_ids.device)
-        turns = torch.outer(position_ids.flatten().double(), self.inv_freq)
-        angles = torch.remainder(turns, 2 * math.pi).float()
+        angles = rotary_angles(position_ids.flatten(), self.inv_freq)
         if self.interleaved:
             both = torch.stack((angles, angles), dim=-1).flatten(1)
         else:
