@@ -17,6 +17,7 @@ from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.solve import plan, static_plan
+from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 
 
 def run_plan_command(
@@ -33,8 +34,11 @@ def run_plan_command(
     lengths = read_lengths(lengths_file)
     cluster = described_cluster(config)
     config = config.on("cpu" if all(d.name == "cpu" for d in cluster.devices) else "cuda")
-    shape = ModelShape.from_config(config.model)
-    rules = layer_rules_of(config, shape)
+    whole = ModelShape.from_config(config.model)
+    rules = layer_rules_of(config, whole)
+    degree = config.engine.tensor_parallel_degree
+    shape = tensor_parallel_shape(whole, degree)
+    cluster = tensor_parallel_cluster(cluster, shape, degree)
     cost = cost_model(config, cluster, shape, rules, longest=max(lengths, default=0))
     strategies = config.attention.strategies
     found = plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
