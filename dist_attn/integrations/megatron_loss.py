@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dist_attn_kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from torch import Tensor
+
+from dist_attn_kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 
 def vocab_parallel_linear_cross_entropy(
