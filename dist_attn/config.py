@@ -144,7 +144,7 @@ class AttentionConfig(Section):
 class PlannerConfig(Section):
     """How each global batch is scattered over the ranks."""
 
-    #: `planned`: per batch, by search, LP and MILP. `static`: every document on groups of `static_degree` ranks.
+    #: `planned`: per batch, by search, LP and MILP. `static`: all groups of `static_degree` ranks.
     mode: Literal["planned", "static"] = "planned"
     static_degree: Positive | None = None
     degrees: Literal["powers_of_two", "all"] = "powers_of_two"

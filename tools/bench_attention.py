@@ -29,7 +29,6 @@ matplotlib.use("Agg")
 import numpy as np
 import torch
 import torch.distributed as dist
-from dist_attn_kernels import reference
 from matplotlib import pyplot as plt
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup, GroupPool, two_level_sets
 from dist_attn.layout import make_layout
 from dist_attn.masks import Causal, Mask, patterns
+from dist_attn_kernels import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Largest error, relative to the largest value, that counts as right.

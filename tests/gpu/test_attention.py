@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from dist_attn_kernels.dense import CudnnBackend, FlashBackend, Saved, Segments, choose_backend
 
 from dist_attn.attention import attention
 from dist_attn.attention.accumulate import Rows, SoftmaxSum
 from dist_attn.groups import single_rank_group
 from dist_attn.layout import make_layout
 from dist_attn.masks import BlockList, Causal, Documents, Mask, Predicate, Window, patterns
+from dist_attn_kernels.dense import CudnnBackend, FlashBackend, Saved, Segments, choose_backend
 from tests.attention_cases import (
     NAMES,
     Case,

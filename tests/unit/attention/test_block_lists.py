@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL
 
 from dist_attn.attention import block_lists
 from dist_attn.attention.block_lists import Tables, list_tiles
 from dist_attn.masks import Causal, patterns
+from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL
 from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 
 ZOO = zoo()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dist_attn_kernels.dense import (
     CpuFlashBackend,
     CudaBackend,
