@@ -132,13 +132,16 @@ def training_and_counting(config: str, overrides: list[str], every: int) -> list
 def test_two_thousand_steps_grow_nothing(tmp_path: Path) -> None:
     config = str(small_config(tmp_path))
     long = ["logging.tensorboard=true", "run.steps=2000", "checkpoint.every_steps=100"]
-    ranks = run_ranks(training_and_counting, 4, config, long, 200, fresh=True, timeout_s=1500)
-    for counts in ranks:
-        quarter, last = counts[len(counts) // 4], counts[-1]
-        assert last[0] - quarter[0] < 20_000, counts
-        assert last[1] <= quarter[1] + 4, counts
-        assert last[2] <= quarter[2] + 2, counts
-        # Four ranks have ten groups of two and three; the pool keeps 64.
-        assert last[3] <= 10
+    ranks = run_ranks(training_and_counting, 4, config, long, 100, fresh=True, timeout_s=1500)
     text = "KiB, open files, threads, groups; rank by rank\n" + "\n".join(map(str, ranks))
     (tmp_path / "counts.txt").write_text(text)
+    for counts in ranks:
+        quarter = len(counts) // 4
+        early, late = counts[quarter : 2 * quarter], counts[-quarter:]
+        # Rank 0 climbs by some 40 MiB of pictures between two garbage collections: highs count.
+        kib = [max(c[0] for c in part) for part in (early, late)]
+        assert kib[1] - kib[0] < 20_000, text
+        assert max(c[1] for c in late) <= max(c[1] for c in early) + 4, text
+        assert max(c[2] for c in late) <= max(c[2] for c in early) + 2, text
+        # Four ranks have ten groups of two and three; the pool keeps 64.
+        assert max(c[3] for c in late) <= 10
