@@ -18,11 +18,11 @@ from dist_attn.integrations.megatron import ExplicitRotary, make_layer_spec
 from dist_attn.integrations.megatron_groups import MegatronGroups
 from dist_attn.integrations.megatron_loss import vocab_parallel_linear_cross_entropy
 from dist_attn.integrations.megatron_weights import Sizes, WeightMap
+from dist_attn.integrations.rotary import ExactRotary
 
 #: Families that are Llama in all but name: no biases, no norms of queries and keys.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 #: Rotary scalings whose frequencies do not depend on the length at hand.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class MegatronCausalLM(GPTModel):
@@ -115,12 +115,6 @@ def check_model(hf: CausalLM, degree: int) -> None:
             f"model.checkpoint has {what}, which engine 'megatron' does not support; use engine "
             f"'deepspeed'"
         )
-    kind = c.rope_parameters["rope_type"]
-    if kind not in _STATIC_ROPE:
-        raise ConfigError(
-            f"model.checkpoint scales its rotary embedding by '{kind}', which depends on the "
-            f"length at hand; engine 'megatron' supports {', '.join(_STATIC_ROPE)}"
-        )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(c, name) % degree:
             raise ConfigError(
@@ -130,10 +124,10 @@ def check_model(hf: CausalLM, degree: int) -> None:
 
 
 def _frequencies(hf: CausalLM) -> tuple[Tensor, float]:
-    """Rotary frequencies in float32, and the factor of sine and cosine."""
-    # Made anew: those of a model in bf16 have been rounded with its weights.
-    rotary = type(hf.model.rotary_emb)(hf.hf_config)
-    return rotary.inv_freq, float(rotary.attention_scaling)
+    """Rotary frequencies in float64, and the factor of sine and cosine."""
+    rotary = hf.model.rotary_emb
+    assert isinstance(rotary, ExactRotary)
+    return rotary.inv_freq, rotary.attention_scaling
 
 
 def _head_dim(hf_config: Any) -> int:

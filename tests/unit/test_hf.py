@@ -125,6 +125,13 @@ def test_damaged_and_missing_checkpoints(tmp_path: Path) -> None:
         build_model(ModelConfig(vocab_size=20, dtype="fp32"), 53, seed=0)
 
 
+def test_a_rotary_scaling_that_depends_on_the_sequence(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    save_checkpoint(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope))
+    with pytest.raises(ConfigError, match="'dynamic' depends on the sequence"):
+        build_model(ModelConfig(checkpoint=str(tmp_path), dtype="fp32"), 53, seed=0)
+
+
 def test_what_attention_cannot_honour_is_refused() -> None:
     register_attention()
     config = LlamaConfig(**SIZES)

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, which is chosen before their import."""
+"""Without a GPU Triton kernels run in Triton's interpreter, which is chosen before their import."""
 
 import os
 
