@@ -47,7 +47,8 @@ def small_config(folder: Path, extra: str = "") -> Path:
 def environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels")]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return clean | {"PYTHONPATH": os.pathsep.join(paths)}
+    # Several runs share the machine.
+    return clean | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -21,7 +21,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     alone = start(
         "train", "--cfg", QUICKSTART, "--nproc-per-node", "1", "--set", f"run.dir={one}",
         "--set", f"data.cache_dir={folder / 'cache-one'}", "--set", "engine.zero_stage=0",
-        "--set", "planner.max_tokens_per_device=null",
+        "--set", "planner.max_tokens_per_device=null", "--set", "logging.tensorboard=false",
+        "--set", "checkpoint={every_steps: 0, at_end: false}",
     )  # fmt: skip
     done = run("train", "--cfg", QUICKSTART, "--set", f"run.dir={four}", "--set", cache)
     out, err = alone.communicate(timeout=200)
