@@ -25,8 +25,8 @@ from dist_attn.planner.fluid import Groups, OpenGroup
 from dist_attn.planner.program import Program
 
 #: Variables at the most; beyond, the search's assignment stands.
-MAX_BINARIES = 400
-_MAX_NODES = 100
+MAX_BINARIES = 120
+_MAX_NODES = 20
 _INFINITY = highspy.kHighsInf
 
 

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -49,6 +50,7 @@ def steps_until_a_fault(folder: str, rank_at_fault: int, fault: str) -> None:
             dist.all_reduce(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path) -> None:
     begun = time.monotonic()
     ends = run_ranks_to_the_end(steps_until_a_fault, 3, str(tmp_path), 2, "stop", timeout_s=9)
