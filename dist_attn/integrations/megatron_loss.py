@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_attn_kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from dist_attn_kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, scaled
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -79,16 +79,14 @@ class _VocabParallel(torch.autograd.Function):
             dist.all_reduce(grad_hidden, group=group)
             grad_hidden = grad_hidden.to(hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        grad_hidden = scaled(grad_hidden, grad_loss, ctx.hidden_dtype)
+        grad_weight = scaled(grad_weight, grad_loss, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 

@@ -67,17 +67,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += (grad_logits.T @ chunk).to(accumulate)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        grad_hidden = scaled(grad_hidden, grad_loss, ctx.hidden_dtype)
+        grad_weight = scaled(grad_weight, grad_loss, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A gradient times an upstream factor, which is not rounded to the gradient's dtype before."""
+    return None if gradient is None else (gradient.to(factor.dtype) * factor).to(dtype)
 
 
 def _grad_logits(log_probs: Tensor, target: Tensor) -> Tensor:
