@@ -1,16 +1,14 @@
-"""Which documents each group of a plan takes, as a MILP by HiGHS, for small batches.
+"""The program of small batches as a MILP by HiGHS: micro-batches, groups and documents at once.
 
-The search decides micro-batches and groups; here they are given. With the symbols of `program`:
+Variables and constraints are those of `program`. A slot is a place for one group: a micro-batch, a
+class, and a number among its equals. Slots are offered, in each micro-batch of the plan at hand,
+for every class that is not worse than another of its degree in every respect; a micro-batch whose
+slots all stay shut is saved. Of equal slots the first are opened first. After that, with the slots
+that were opened and no others, the documents are assigned once more, which is a far smaller
+program.
 
-minimise   sum over m of T_m
-subject to
-    sum over g of x_ig = 1                               every document once
-    f_g + sum over i of s_gi x_ig <= T_m(g)              the slowest group sets the time
-    sum over i of n_i x_ig <= Q_g                        memory
-    x_ig in {0, 1}
-
-HiGHS starts from the search's own assignment, so that nothing is lost where it finds no better one.
-Its bound is not used: it was seen to be wrong. What its assignment costs is added up here.
+HiGHS starts from the plan that the search found, so that nothing is lost where it finds no better
+one. Its bound is not used: it was seen to be wrong. What its plan costs is added up here.
 """
 
 from __future__ import annotations
@@ -24,57 +22,87 @@ from dist_attn.planner.cost import FloatArray
 from dist_attn.planner.fluid import Groups, OpenGroup
 from dist_attn.planner.program import Program
 
-#: Variables at the most; beyond, the search's assignment stands.
-MAX_BINARIES = 120
-_MAX_NODES = 20
+#: Binary variables at the most, of all slots and of those that are open; beyond, the plan stands.
+MAX_BINARIES = 260
+MAX_BINARIES_OPEN = 160
+#: Nodes of the tree. A program of all slots is the larger one and takes longer over each.
+_NODES = 20
+_NODES_OPEN = 20
 _INFINITY = highspy.kHighsInf
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A document that may go into a group."""
+class _Slot:
+    """A place for one group of a class; `copy` counts the equal ones of a micro-batch."""
 
-    column: int
-    document: int
-    group: int
+    batch: int
+    cls: int
+    copy: int
 
 
-def assign(program: Program, batches: list[Groups]) -> list[Groups] | None:
-    """Look for a better assignment to the groups of a plan; None if there is none to be had.
+@dataclass(frozen=True)
+class _Model:
+    """The columns: seconds of each micro-batch, whether each slot is open, then the places."""
 
-    The work is limited by nodes of the tree, so that equal input gives an equal plan.
+    num_batches: int
+    slots: tuple[_Slot, ...]
+    #: (document, slot) of each place.
+    places: tuple[tuple[int, int], ...]
+
+    def slot_column(self, slot: int) -> int:
+        """Column that says whether a slot is open."""
+        return self.num_batches + slot
+
+    @property
+    def first_place(self) -> int:
+        """Column of the first place."""
+        return self.num_batches + len(self.slots)
+
+    @property
+    def num_binaries(self) -> int:
+        """Columns that are 0 or 1."""
+        return len(self.slots) + len(self.places)
+
+
+def decide(program: Program, batches: list[Groups]) -> list[Groups] | None:
+    """Look for a better plan than the one at hand by MILP; None if there is none to be had.
+
+    The work is limited by nodes of the tree, so that equal input gives an equal plan. Large
+    batches are left alone. In clusters of several kinds of devices, and where groups may fail to
+    find room in a node, the groups stay as they are.
     """
-    groups = [(m, g) for m, batch in enumerate(batches) for g in batch]
-    places: list[_Place] = []
-    for number, (_, group) in enumerate(groups):
-        for document in np.flatnonzero(np.isfinite(program.seconds[group.cls])).tolist():
-            places.append(_Place(len(batches) + len(places), document, number))
-    if len(places) > MAX_BINARIES or len(groups) < 2:
-        return None
+    best = batches
+    if len(program.nodes) == 1 and not program.tight_nodes:
+        best = _improved(program, best, _undominated(program), MAX_BINARIES, _NODES)
+    best = _improved(program, best, set(), MAX_BINARIES_OPEN, _NODES_OPEN)
+    return None if best is batches else best
+
+
+def _improved(
+    program: Program, batches: list[Groups], offered: set[int], max_binaries: int, nodes: int
+) -> list[Groups]:
+    """Solve with slots for the classes offered and the plan's own groups; the better plan."""
     before = objective(program, batches)
-    if before <= 0:
-        return None
-    values = _solve(program, [(m, g.cls) for m, g in groups], places, batches, before)
+    model = _model(program, batches, offered)
+    if not 0 < model.num_binaries <= max_binaries or before <= 0:
+        return batches
+    values = _solve(program, model, batches, before, nodes)
     if values is None:
-        return None
+        return batches
     found: list[Groups] = [[] for _ in batches]
-    for number, (batch, group) in enumerate(groups):
-        chosen = [p.document for p in places if p.group == number and values[p.column] > 0.5]
+    for number, slot in enumerate(model.slots):
+        chosen = [
+            document
+            for column, (document, of) in enumerate(model.places, model.first_place)
+            if of == number and values[column] > 0.5
+        ]
         if chosen:
-            seconds = float(program.seconds[group.cls, chosen].sum())
+            seconds = float(program.seconds[slot.cls, chosen].sum())
             tokens = int(program.lengths[chosen].sum())
-            found[batch].append(OpenGroup(group.cls, seconds, tokens, chosen))
+            found[slot.batch].append(OpenGroup(slot.cls, seconds, tokens, chosen))
     found = [batch for batch in found if batch]
     better = objective(program, found) < before * (1 - 1e-9)
-    return found if better and _feasible(program, found) else None
-
-
-def _feasible(program: Program, batches: list[Groups]) -> bool:
-    """Whether every document has one place and no group too many tokens, in whole numbers."""
-    groups = [g for batch in batches for g in batch]
-    documents = sorted(d for g in groups for d in g.documents)
-    fits = all(g.tokens <= program.classes[g.cls].capacity_tokens for g in groups)
-    return fits and documents == list(range(len(program.lengths)))
+    return found if better and _feasible(program, found) else batches
 
 
 def objective(program: Program, batches: list[Groups]) -> float:
@@ -84,44 +112,119 @@ def objective(program: Program, batches: list[Groups]) -> float:
     )
 
 
+def _feasible(program: Program, batches: list[Groups]) -> bool:
+    """Whether memory, devices and documents are right, in whole numbers."""
+    groups = [g for batch in batches for g in batch]
+    documents = sorted(d for g in groups for d in g.documents)
+    fits = all(g.tokens <= program.classes[g.cls].capacity_tokens for g in groups)
+    devices = [sum(program.classes[g.cls].degree for g in batch) for batch in batches]
+    return (
+        fits
+        and all(count <= program.num_devices for count in devices)
+        and documents == list(range(len(program.lengths)))
+    )
+
+
+def _model(program: Program, batches: list[Groups], offered: set[int]) -> _Model:
+    """Slots for the classes offered and for those of the plan at hand; places in them."""
+    slots = []
+    for m, batch in enumerate(batches):
+        used = [g.cls for g in batch]
+        for cls, kind in enumerate(program.classes):
+            copies = program.num_devices // kind.degree if cls in offered else used.count(cls)
+            slots += [_Slot(m, cls, k) for k in range(copies)]
+    places = tuple(
+        (document, number)
+        for number, slot in enumerate(slots)
+        for document in np.flatnonzero(np.isfinite(program.seconds[slot.cls])).tolist()
+    )
+    return _Model(len(batches), tuple(slots), places)
+
+
+def _undominated(program: Program) -> set[int]:
+    """Classes that no other of their degree equals or beats in time and memory."""
+    kept: list[int] = []
+    for cls, kind in enumerate(program.classes):
+        beaten = False
+        for other, rival in enumerate(program.classes):
+            if other == cls or rival.degree != kind.degree:
+                continue
+            no_worse = (
+                rival.fixed_s <= kind.fixed_s
+                and rival.capacity_tokens >= kind.capacity_tokens
+                and bool((program.seconds[other] <= program.seconds[cls]).all())
+            )
+            beaten |= no_worse and (other in kept or other > cls)
+        if not beaten:
+            kept.append(cls)
+    return set(kept)
+
+
 def _solve(
-    program: Program,
-    groups: list[tuple[int, int]],
-    places: list[_Place],
-    batches: list[Groups],
-    scale: float,
+    program: Program, model: _Model, batches: list[Groups], scale: float, nodes: int
 ) -> FloatArray | None:
-    """Columns: seconds of each micro-batch, then the places. Seconds are scaled to one."""
+    """Solve from the plan at hand; seconds are scaled to one."""
     highs = highspy.Highs()
     options = {"output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": 1e-4}
-    options |= {"mip_max_nodes": _MAX_NODES, "mip_heuristic_effort": 0.0}
+    options |= {"mip_max_nodes": nodes, "mip_heuristic_effort": 0.0}
+    # Strong branching costs more than the nodes that it saves.
+    options |= {"mip_pscost_minreliable": 0}
     for option, value in options.items():
         highs.setOptionValue(option, value)
-    for _ in batches:
+    for column in range(model.num_batches):
         highs.addVar(0.0, _INFINITY)
-    for column in range(len(batches)):
         highs.changeColCost(column, 1.0)
-    for place in places:
+    for column in range(model.num_batches, model.num_batches + model.num_binaries):
         highs.addVar(0.0, 1.0)
-        highs.changeColIntegrality(place.column, highspy.HighsVarType.kInteger)
-    for document in range(len(program.lengths)):
-        _row(highs, 1.0, 1.0, {p.column: 1.0 for p in places if p.document == document})
-    for number, (batch, cls) in enumerate(groups):
-        kind = program.classes[cls]
-        mine = [p for p in places if p.group == number]
-        times = {p.column: float(program.seconds[cls, p.document]) / scale for p in mine}
-        _row(highs, -_INFINITY, -kind.fixed_s / scale, {batch: -1.0, **times})
-        full = float(kind.capacity_tokens)
-        tokens = {p.column: float(program.lengths[p.document]) / full for p in mine}
-        _row(highs, -_INFINITY, 1.0, tokens)
-    flat = [set(g.documents) for batch in batches for g in batch]
-    columns = np.array([p.column for p in places], dtype=np.int32)
-    start = np.array([float(p.document in flat[p.group]) for p in places])
-    highs.setSolution(len(columns), columns, start)
+        highs.changeColIntegrality(column, highspy.HighsVarType.kInteger)
+    _add_rows(highs, program, model, scale)
+    start = highspy.HighsSolution()
+    start.col_value = _start(program, model, batches, scale)
+    highs.setSolution(start)
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
         return None
     return np.array(highs.getSolution().col_value)
+
+
+def _add_rows(highs: highspy.Highs, program: Program, model: _Model, scale: float) -> None:
+    columns_of: list[list[tuple[int, int]]] = [[] for _ in model.slots]
+    places_of: list[dict[int, float]] = [{} for _ in program.lengths]
+    for column, (document, slot) in enumerate(model.places, model.first_place):
+        columns_of[slot].append((column, document))
+        places_of[document][column] = 1.0
+    for places in places_of:
+        _row(highs, 1.0, 1.0, places)
+    devices: list[dict[int, float]] = [{} for _ in range(model.num_batches)]
+    for number, slot in enumerate(model.slots):
+        kind = program.classes[slot.cls]
+        is_open = model.slot_column(number)
+        seconds = program.seconds[slot.cls]
+        times = {c: float(seconds[d]) / scale for c, d in columns_of[number]}
+        _row(highs, -_INFINITY, 0.0, {slot.batch: -1.0, is_open: kind.fixed_s / scale, **times})
+        full = float(kind.capacity_tokens)
+        tokens = {c: float(program.lengths[d]) / full for c, d in columns_of[number]}
+        _row(highs, -_INFINITY, 0.0, {is_open: -1.0, **tokens})
+        devices[slot.batch][is_open] = float(kind.degree)
+        if slot.copy:
+            _row(highs, -_INFINITY, 0.0, {is_open: 1.0, is_open - 1: -1.0})
+    for row in devices:
+        _row(highs, -_INFINITY, float(program.num_devices), row)
+
+
+def _start(program: Program, model: _Model, batches: list[Groups], scale: float) -> list[float]:
+    """Values of all columns for the plan at hand."""
+    number_of = {slot: number for number, slot in enumerate(model.slots)}
+    group_of: dict[int, set[int]] = {}
+    for m, batch in enumerate(batches):
+        seen: dict[int, int] = {}
+        for group in batch:
+            copy = seen.get(group.cls, 0)
+            seen[group.cls] = copy + 1
+            group_of[number_of[_Slot(m, group.cls, copy)]] = set(group.documents)
+    opened = [float(number in group_of) for number in range(len(model.slots))]
+    placed = [float(document in group_of.get(slot, ())) for document, slot in model.places]
+    return [objective(program, [batch]) / scale for batch in batches] + opened + placed
 
 
 def _row(highs: highspy.Highs, lower: float, upper: float, entries: dict[int, float]) -> None:

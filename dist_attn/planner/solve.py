@@ -1,6 +1,6 @@
 """From lengths to a plan: arrange the long documents, pour the short ones, prove a bound.
 
-Documents of small batches are then assigned to the groups once more, by a MILP (`exact`).
+For small batches the program is then solved as it stands, as a MILP from that plan (`exact`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.bounds import lower_bound
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import Costs
-from dist_attn.planner.exact import assign
+from dist_attn.planner.exact import decide
 from dist_attn.planner.fluid import Fluid, Groups, count_long
 from dist_attn.planner.placement import place
 from dist_attn.planner.plan import Plan, SolverReport
@@ -67,7 +67,7 @@ def plan(
     program = build_program(lengths, cluster, cost, planner, strategies)
     deadline = started + planner.time_limit_s
     batches, search = _best_batches(program, seed, effort, deadline)
-    better = assign(program, batches)
+    better = decide(program, batches)
     micro_batches = place(program, better or batches, cluster, cost)
     predicted = sum(m.time_s for m in micro_batches)
     bound = lower_bound(
