@@ -190,8 +190,8 @@ def _solve(
 def _add_rows(highs: highspy.Highs, program: Program, model: _Model, scale: float) -> None:
     columns_of: list[list[tuple[int, int]]] = [[] for _ in model.slots]
     places_of: list[dict[int, float]] = [{} for _ in program.lengths]
-    for column, (document, slot) in enumerate(model.places, model.first_place):
-        columns_of[slot].append((column, document))
+    for column, (document, of) in enumerate(model.places, model.first_place):
+        columns_of[of].append((column, document))
         places_of[document][column] = 1.0
     for places in places_of:
         _row(highs, 1.0, 1.0, places)
