@@ -1,4 +1,8 @@
-"""Adding up parts: softmax parts by their normaliser, gradient parts by rows, both in float32."""
+"""Adding up parts: softmax parts by their normaliser, gradient parts by rows, both in float32.
+
+The part that came last is kept apart until the next one or the end: the last addition then rounds
+straight to the result, and a sum of two parts never exists in float32.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.layout import IntArray
+from dist_attn_kernels.merge import merge_part
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,9 +71,25 @@ class Rows:
         else:
             target.index_copy_(dim, self.index(target.device), values.to(target.dtype))
 
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """Add to the rows of `target`, rounding each sum once."""
+        if self.run is not None:
+            target[self.run].add_(values)
+        else:
+            self.put(target, self.take(target) + values)
+
+    def select(self, device: torch.device) -> slice | Tensor:
+        """The rows as what indexes a tensor on `device`."""
+        return self.index(device) if self.run is None else self.run
+
     def covers(self, num_rows: int) -> bool:
         """Whether these are all of `num_rows` rows."""
         return self.run is not None and self.run == slice(0, num_rows)
+
+
+def every_row(num_rows: int) -> Rows:
+    """Return all of `num_rows` rows."""
+    return Rows(np.array([[0, num_rows]], dtype=np.int64))
 
 
 class SoftmaxSum:
@@ -86,79 +107,140 @@ class SoftmaxSum:
         self._dtype = accumulation_dtype(q_LHD.dtype)
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
+        self._last: tuple[Rows, Tensor, Tensor] | None = None
 
     def add(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
-        """Add a part: out [n, H, D] and lse [H, n] of some of the queries."""
-        if self._out is None and rows.covers(self._shape[0]):
+        """Add a part, out [n, H, D] and lse [H, n] of some of the queries; it is the sum's now."""
+        if self._out is None and self._last is None and rows.covers(self._shape[0]):
             self._out, self._lse = out, lse.to(self._dtype)
             return
-        total, total_lse = self._tensors()
-        before, lse = rows.take(total_lse, 1), lse.to(self._dtype)
-        top = torch.maximum(before, lse)
-        top = top.masked_fill(torch.isneginf(top), 0)
-        keep, gain = torch.exp(before - top), torch.exp(lse - top)
-        weight = keep + gain
-        rows.put(total_lse, top + torch.log(weight), 1)
-        # The two weights add up to one whatever the size of the normalisers. Where neither side has
-        # keys both are 0.
-        weight = weight.masked_fill(weight == 0, 1)
-        keep, gain = ((w / weight).t()[..., None] for w in (keep, gain))
-        rows.put(total, torch.addcmul(rows.take(total) * keep, out.to(self._dtype), gain))
+        self._merge_last(self._dtype)
+        self._last = (rows, out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return out in the dtype of the queries and lse [H, L] in the accumulation dtype."""
-        if self._out is None:
-            self._tensors()
-        assert self._out is not None
-        assert self._lse is not None
-        return self._out.to(self._like.dtype).contiguous(), self._lse
+        self._merge_last(self._like.dtype if self._out is None else self._out.dtype)
+        out, lse = self._tensors(self._like.dtype if self._out is None else self._out.dtype)
+        return out.to(self._like.dtype).contiguous(), lse
 
-    def _tensors(self) -> tuple[Tensor, Tensor]:
+    def _merge_last(self, dtype: torch.dtype) -> None:
+        """Merge the part that is kept apart into a total of some dtype."""
+        if self._last is None:
+            return
+        rows, out, lse = self._last
+        self._last = None
+        merge_part(*self._tensors(dtype), out, lse, rows.select(out.device))
+
+    def _tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._out is None or self._lse is None:
-            self._out = self._like.new_zeros(self._shape, dtype=self._dtype)
+            self._out = self._like.new_zeros(self._shape, dtype=dtype)
             num_rows, num_heads, _ = self._shape
             no_keys = float("-inf")
             self._lse = self._like.new_full((num_heads, num_rows), no_keys, dtype=self._dtype)
-        elif self._out.dtype != self._dtype or not self._lse.is_contiguous():
-            self._out, self._lse = self._out.to(self._dtype), self._lse.contiguous()
+        self._out, self._lse = self._out.to(dtype).contiguous(), self._lse.contiguous()
         return self._out, self._lse
 
 
 class RowSum:
-    """A gradient whose parts touch some of its rows."""
+    """A gradient whose parts touch some of its rows, or all rows of some of its heads."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._dtype = accumulation_dtype(like.dtype)
         self._total: Tensor | None = None
+        self._last: tuple[Rows, Tensor] | None = None
+        self._by_heads: list[tuple[slice, Tensor]] = []
 
     def add(self, rows: Rows, part: Tensor) -> None:
-        """Add a part to the given rows."""
-        if self._total is None and rows.covers(self._like.shape[0]):
+        """Add a part to the given rows; it is the sum's now."""
+        if self._total is None and self._last is None and rows.covers(len(self._like)):
             self._total = part
             return
-        total = self._wide()
-        if rows.run is not None:
-            rows.take(total).add_(part)
-        else:
-            rows.put(total, rows.take(total) + part)
+        self._add_last()
+        self._last = (rows, part)
 
     def add_all(self, part: Tensor) -> None:
-        """Add a part that has every row."""
-        self._total = part.to(self._dtype) if self._total is None else self._wide().add_(part)
+        """Add a part that has every row; it is the sum's now."""
+        self.add(self._every_row(), part)
+
+    def add_heads(self, heads: slice, part: Tensor) -> None:
+        """Add every row of some heads. The slices do not overlap and come to all heads in the end.
+
+        Such parts are added to everything else at the end.
+        """
+        self._by_heads.append((heads, part))
+
+    def add_at(self, index: tuple[Tensor, ...], part: Tensor) -> None:
+        """Add to the elements of an index, none of which it names twice."""
+        self.accumulator()[index] += part.to(self._dtype)
+
+    def parts(self) -> list[tuple[Rows, Tensor]]:
+        """Return what the sum is made of so far, two parts at the most, without those by heads."""
+        total = [] if self._total is None else [(self._every_row(), self._total)]
+        return total if self._last is None else [*total, self._last]
 
     def wide(self) -> Tensor:
         """Return the sum in the accumulation dtype."""
+        assert not self._by_heads, "parts by heads are added at the end"
+        return self.accumulator()
+
+    def accumulator(self) -> Tensor:
+        """Return a tensor of the accumulation dtype; what is added to it is added to the sum."""
+        self._add_last()
         return self._wide()
 
     def result(self) -> Tensor:
         """Return the sum in the dtype of the tensor whose gradient it is."""
-        total = self._wide() if self._total is None else self._total
-        return total.to(self._like.dtype)
+        if self._by_heads:
+            return self._with_heads()
+        dtype = self._like.dtype
+        if self._last is None:
+            return self._wide().to(dtype) if self._total is None else self._total.to(dtype)
+        rows, part = self._last
+        if self._total is None:
+            total = torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+            rows.put(total, part)
+            return total
+        # The sum of two numbers is rounded once, whatever they are kept in.
+        if self._total.dtype == dtype:
+            rows.add(self._total, part)
+            return self._total
+        if rows.covers(len(self._like)):
+            return torch.add(self._total, part, out=self._total.new_empty(0, dtype=dtype))
+        return self.wide().to(dtype)
+
+    def _with_heads(self) -> Tensor:
+        result = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        rows, rest = self._every_row(), self._total
+        if rest is None and self._last is not None:
+            rows, rest = self._last
+        elif self._last is not None:
+            self._add_last()
+            rest = self._total
+        for heads, part in self._by_heads:
+            target = result[:, heads]
+            if rest is None or rows.run is None:
+                target.copy_(part)
+                continue
+            first, end = rows.run.start, rows.run.stop
+            target[:first].copy_(part[:first])
+            torch.add(part[first:end], rest[:, heads], out=target[first:end])
+            target[end:].copy_(part[end:])
+        if rest is not None and rows.run is None:
+            rows.add(result, rest)
+        return result
+
+    def _every_row(self) -> Rows:
+        return every_row(len(self._like))
+
+    def _add_last(self) -> None:
+        if self._last is not None:
+            rows, part = self._last
+            self._last = None
+            rows.add(self._wide(), part)
 
     def _wide(self) -> Tensor:
         if self._total is None:
             self._total = torch.zeros(self._like.shape, dtype=self._dtype, device=self._like.device)
-        elif self._total.dtype != self._dtype:
-            self._total = self._total.to(self._dtype)
+        self._total = self._total.to(self._dtype)
         return self._total

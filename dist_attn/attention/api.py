@@ -50,7 +50,8 @@ def attention(  # noqa: PLR0913
         softmax_scale: factor of the scores, by default 1 / sqrt(D).
         return_lse: also return the normaliser.
         deterministic: bitwise the same result every time, at some cost on a GPU.
-        gradient_dtype: in what gradients of keys and values travel; by default float32 (float64 for
+        gradient_dtype: in what gradients of keys and values travel. By default those of one rank's
+            queries travel as its kernel returns them, and sums over ranks in float32 (float64 for
             float64 inputs). A 16-bit type halves that traffic and rounds at every hop.
         ledger: counts calls and bytes sent.
 

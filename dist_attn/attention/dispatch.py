@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_attn.attention.accumulate import accumulation_dtype
 from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
@@ -75,10 +74,9 @@ def make_call(
     heads = tuple(range(q.shape[1]))
     work = workload(place.mask, place.layout, place.group.cp_rank, heads, k.shape[1])
     kernel = Kernel(backend, scale, place.deterministic)
-    gradient_dtype = place.gradient_dtype or accumulation_dtype(q.dtype)
-    if not gradient_dtype.is_floating_point:
-        raise PlanError(f"gradient_dtype must be a floating-point type, got {gradient_dtype}")
-    return Call(work, place.group, kernel, gradient_dtype, place.ledger)
+    if place.gradient_dtype is not None and not place.gradient_dtype.is_floating_point:
+        raise PlanError(f"gradient_dtype must be a floating-point type, got {place.gradient_dtype}")
+    return Call(work, place.group, kernel, place.gradient_dtype, place.ledger)
 
 
 def explain_kernel(

@@ -3,7 +3,8 @@
 In stage t a rank fetches from the rank t places before it and sends to the rank t places behind it,
 while it computes the stage before. Key/value heads of which different keys are needed are fetched
 separately, so that a pattern shifted from head to head moves no more than it reads. Gradients go
-back the same way one stage later, and are added up in float32 in the order of the stages.
+back the same way one stage later, and are added up in float32 in the order of the stages. Keys
+that lie in sequence are sent from where they lie.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype, index_of
+from dist_attn.attention.accumulate import Rows, RowSum, SoftmaxSum, every_row, index_of
+from dist_attn.attention.own_step import OwnStep
 from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import HeadClass
@@ -34,9 +36,18 @@ class Gather(KeepsOwn):
             exchange = Exchange(call.group, call.ledger)
             coming = fetcher.start(exchange, t + 1)
             exchange.start()
-            for c, total in enumerate(totals):
-                step = call.work.fetched_step(fetcher.source(t), c)
-                step.forward(call.kernel, queries[c], *fetcher.here[c], total)
+            if t == 0:
+                # Nothing had to be fetched, so all heads are computed together.
+                whole = SoftmaxSum(q, v.shape[-1])
+                call.work.step(call.group.cp_rank).forward(call.kernel, q, k, v, whole)
+                out, lse = whole.result()
+                for head_class, total in zip(classes, totals, strict=True):
+                    part = (_heads(x, head_class.q_heads, d) for x, d in ((out, 1), (lse, 0)))
+                    total.add(every_row(len(q)), *part)
+            else:
+                for c, total in enumerate(totals):
+                    step = call.work.fetched_step(fetcher.source(t), c)
+                    step.forward(call.kernel, queries[c], *fetcher.here[c], total)
             exchange.wait()
             fetcher.here = coming
         parts = [total.result() for total in totals]
@@ -49,33 +60,67 @@ class Gather(KeepsOwn):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
         q, k, v, out, lse = residuals
-        classes = call.work.head_classes
         fetcher = _Fetcher(call, k, v)
-        local = [[_heads(x, c.q_heads) for c in classes] for x in (dout, q, out)]
-        norms = [_heads(lse, c.q_heads, 0) for c in classes]
-        dq = [RowSum(x) for x in local[1]]
-        dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
-        done: list[Tensor] = []
+        saved = _ByClass(call, Saved(dout, q, k, v, out, lse))
+        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
+        own = OwnStep(call, saved.whole, total)
+        done: list[tuple[Tensor, Tensor]] = []
         for t in range(call.group.cp_size + 1):
             exchange = Exchange(call.group, call.ledger)
             coming = fetcher.start(exchange, t + 1)
             returning = fetcher.start_return(exchange, t - 1, done)
             exchange.start()
             done = []
-            for c in range(len(classes) if t < call.group.cp_size else 0):
-                keys, values = fetcher.here[c]
-                sums = Gradients(dq[c], RowSum(keys), RowSum(values))
-                saved = Saved(local[0][c], local[1][c], keys, values, local[2][c], norms[c])
-                step = call.work.fetched_step(fetcher.source(t), c)
-                step.backward(call.kernel, saved, sums)
-                done.append(torch.stack([sums.dk.wide(), sums.dv.wide()]))
-            exchange.wait()
             if t == 0:
-                returning, done = done, []
-            fetcher.add_returned(returning, t - 1, dk, dv)
+                own.first_half()
+            elif t < call.group.cp_size:
+                done = saved.backward(fetcher.source(t), fetcher.here)
+            else:
+                own.second_half()
+            exchange.wait()
+            fetcher.add_returned(returning, t - 1, total)
             fetcher.here = coming
-        whole_dq = _together([x.result() for x in dq], classes, 1)
-        return whole_dq, dk.to(k.dtype), dv.to(v.dtype)
+        for rows, part in saved.dq():
+            total.dq.add(rows, part)
+        return total.dq.result(), total.dk.result(), total.dv.result()
+
+
+class _ByClass:
+    """The backward of fetched keys: what the forward left, for each class of heads."""
+
+    def __init__(self, call: Call, whole: Saved) -> None:
+        self.whole = whole
+        self._call = call
+        self._classes = call.work.head_classes
+        # A rank alone fetches nothing, and would copy heads for nothing.
+        classes = self._classes if call.group.cp_size > 1 else ()
+        self._queries = [
+            tuple(_heads(x, c.q_heads) for x in (whole.dout, whole.q, whole.out)) for c in classes
+        ]
+        self._norms = [_heads(whole.lse, c.q_heads, 0) for c in classes]
+        self._dq = [RowSum(q) for _, q, _ in self._queries]
+
+    def backward(
+        self, source: int, fetched: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Add this stage's dq, and return its dk and dv of each class."""
+        gradients = []
+        for c, (keys, values) in enumerate(fetched):
+            dout, q, out = self._queries[c]
+            saved = Saved(dout, q, keys, values, out, self._norms[c])
+            sums = Gradients(self._dq[c], RowSum(keys), RowSum(values))
+            self._call.work.fetched_step(source, c).backward(self._call.kernel, saved, sums)
+            gradients.append((sums.dk.result(), sums.dv.result()))
+        return gradients
+
+    def dq(self) -> list[tuple[Rows, Tensor]]:
+        """What the stages come to, for all heads; nothing if no query saw a fetched key."""
+        if len(self._dq) == 1:
+            return self._dq[0].parts()
+        if not any(x.parts() for x in self._dq):
+            return []
+        whole = _together([x.result() for x in self._dq], self._classes, 1)
+        return [(every_row(len(whole)), whole)]
 
 
 class _Fetcher:
@@ -85,9 +130,9 @@ class _Fetcher:
         self.work = call.work
         self.cp_rank = call.group.cp_rank
         self.cp_size = call.group.cp_size
-        self.dtype = call.gradient_dtype
+        self.dtype = call.travel_dtype(k.dtype, summed=False)
         self.k, self.v = k, v
-        self.here = [(_heads(k, c.kv_heads), _heads(v, c.kv_heads)) for c in call.work.head_classes]
+        self.here: list[tuple[Tensor, Tensor]] = []
 
     def source(self, t: int) -> int:
         """Rank whose keys are here in stage t."""
@@ -101,43 +146,48 @@ class _Fetcher:
         arriving = []
         for c, head_class in enumerate(self.work.head_classes):
             rows = self.work.fetch(to, self.cp_rank, c).rows
-            parts = [_heads(rows.take(x), head_class.kv_heads) for x in (self.k, self.v)]
-            exchange.send(torch.stack(parts), to, "kv")
-            buffer = self._buffer(self.cp_rank, source, c, self.k.dtype)
-            exchange.receive(buffer, source)
-            arriving.append((buffer[0], buffer[1]))
+            for x in (self.k, self.v):
+                part = _heads(rows.take(x), head_class.kv_heads)
+                exchange.send(part.contiguous(), to, "kv")
+            arriving.append(self._receive(exchange, self.cp_rank, source, c, self.k.dtype))
         return arriving
 
-    def start_return(self, exchange: Exchange, t: int, done: list[Tensor]) -> list[Tensor]:
+    def start_return(
+        self, exchange: Exchange, t: int, done: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Add the messages of stage t's gradients; return where those of the own keys arrive."""
         if t < 1:
             return []
         reader, source = (self.cp_rank + t) % self.cp_size, self.source(t)
         arriving = []
         for c, gradients in enumerate(done):
-            exchange.send(gradients.to(self.dtype), source, "dkv")
-            buffer = self._buffer(reader, self.cp_rank, c, self.dtype)
-            exchange.receive(buffer, reader)
-            arriving.append(buffer)
+            for x in gradients:
+                exchange.send(x.to(self.dtype).contiguous(), source, "dkv")
+            arriving.append(self._receive(exchange, reader, self.cp_rank, c, self.dtype))
         return arriving
 
-    def add_returned(self, returned: list[Tensor], t: int, dk: Tensor, dv: Tensor) -> None:
-        """Add gradients of the own keys: those from stage t's reader, or for t < 1 the own ones."""
+    def add_returned(self, returned: list[tuple[Tensor, Tensor]], t: int, total: Gradients) -> None:
+        """Add the gradients of the own keys that came from stage t's reader."""
+        reader = (self.cp_rank + t) % self.cp_size
         for c, gradients in enumerate(returned):
-            kv_heads = index_of(self.work.head_classes[c].kv_heads, dk.device)
-            if t < 1:
-                dk.index_add_(1, kv_heads, gradients[0])
-                dv.index_add_(1, kv_heads, gradients[1])
-                continue
-            reader = (self.cp_rank + t) % self.cp_size
-            rows = self.work.fetch(reader, self.cp_rank, c).rows.index(dk.device)[:, None]
-            dk[rows, kv_heads] += gradients[0].to(dk.dtype)
-            dv[rows, kv_heads] += gradients[1].to(dv.dtype)
+            rows = self.work.fetch(reader, self.cp_rank, c).rows
+            kv_heads = self.work.head_classes[c].kv_heads
+            for sum_, part in zip((total.dk, total.dv), gradients, strict=True):
+                if len(kv_heads) == self.k.shape[1]:
+                    sum_.add(rows, part)
+                else:
+                    at = rows.index(part.device)[:, None], index_of(kv_heads, part.device)
+                    sum_.add_at(at, part)
 
-    def _buffer(self, needing: int, holding: int, c: int, dtype: torch.dtype) -> Tensor:
+    def _receive(
+        self, exchange: Exchange, needing: int, holding: int, c: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         num_rows = self.work.fetch(needing, holding, c).rows.num_rows
-        num_heads = len(self.work.head_classes[c].kv_heads)
-        return self.k.new_empty((2, num_rows, num_heads, self.k.shape[2]), dtype=dtype)
+        shape = (num_rows, len(self.work.head_classes[c].kv_heads), self.k.shape[2])
+        keys, values = (self.k.new_empty(shape, dtype=dtype) for _ in range(2))
+        for buffer in (keys, values):
+            exchange.receive(buffer, holding if needing == self.cp_rank else needing)
+        return keys, values
 
 
 def _heads(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:

@@ -3,7 +3,8 @@
 At step t a rank computes its queries against the keys of the rank t places before it, and meanwhile
 sends these keys on and receives the next. A block travels no farther than the last rank that needs
 it. In the backward the gradients of a block follow it one step later, each rank adds its own in
-float32, and the last rank that needed it sends them home.
+float32, and the last rank that needed it sends them home, which half of the own block's backward
+hides.
 
 A double ring goes round inside each node, and from node to node between the rounds: at the start of
 a round a rank sends the block that it has to its place in the next node, which has the whole round
@@ -12,18 +13,21 @@ to arrive. In the backward every node sends its gradients home.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
+from dist_attn.attention.own_step import OwnStep
 from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange
 from dist_attn_kernels.segments import Saved
 
+#: Keys and values, or their gradients.
+Pair = tuple[Tensor, Tensor]
 #: Of a round in which nobody needs a block: no first and no last place.
 NOBODY = (0, -1)
 
@@ -75,15 +79,14 @@ class Ring(KeepsOwn):
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
-        trip = _Trip(call, torch.stack([k, v]), self._double)
+        trip = _Trip(call, (k, v), self._double)
         total = SoftmaxSum(q, v.shape[-1])
         for t in range(call.group.cp_size):
             exchange = Exchange(trip.inner, call.ledger)
             trip.pass_on_kv(exchange, t)
             exchange.start()
             if trip.computes(t):
-                step = call.work.step(trip.source(t))
-                step.forward(call.kernel, q, trip.kv[0], trip.kv[1], total)
+                call.work.step(trip.source(t)).forward(call.kernel, q, *trip.kv, total)
             exchange.wait()
             trip.next(t)
         out, lse = total.result()
@@ -94,9 +97,10 @@ class Ring(KeepsOwn):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
         q, k, v, out, lse = residuals
-        trip = _Trip(call, torch.stack([k, v]), self._double)
-        dq, dk, dv = RowSum(q), RowSum(k), RowSum(v)
-        dkv: Tensor | None = None
+        trip = _Trip(call, (k, v), self._double)
+        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
+        own = OwnStep(call, Saved(dout, q, k, v, out, lse), total)
+        dkv: Pair | None = None
         for t in range(call.group.cp_size + 1):
             exchange = Exchange(trip.inner, call.ledger)
             homeward = Exchange(call.group, call.ledger)
@@ -105,30 +109,40 @@ class Ring(KeepsOwn):
             home = trip.bring_home(homeward, t, dkv)
             exchange.start()
             homeward.start()
-            part = None
-            if trip.computes(t):
-                own = t == 0
-                sums = (dk, dv) if own else (RowSum(trip.kv[0]), RowSum(trip.kv[1]))
-                saved = Saved(dout, q, trip.kv[0], trip.kv[1], out, lse)
-                step = call.work.step(trip.source(t))
-                step.backward(call.kernel, saved, Gradients(dq, *sums))
-                part = None if own else torch.stack([s.wide() for s in sums])
+            part: Pair | None = None
+            if t == 0:
+                own.first_half()
+            elif trip.computes(t):
+                part = self._fetched(call, trip, t, own.saved, total.dq)
+            elif t == call.group.cp_size:
+                own.second_half()
             exchange.wait()
             homeward.wait()
             if part is not None and arriving is not None:
-                part += arriving
-            dkv = part if part is not None else arriving
+                dkv = part[0].add_(arriving[0]), part[1].add_(arriving[1])
+            else:
+                dkv = part if part is not None else arriving
             if home is not None:
-                dk.add_all(home[0])
-                dv.add_all(home[1])
+                total.dk.add_all(home[0])
+                total.dv.add_all(home[1])
             trip.next(t)
-        return dq.result(), dk.result(), dv.result()
+        return total.dq.result(), total.dk.result(), total.dv.result()
+
+    def _fetched(self, call: Call, trip: _Trip, t: int, saved: Saved, dq: RowSum) -> Pair:
+        """Gradients of the block that is here: in float32 if those of other ranks are added."""
+        keys, values = trip.kv
+        sums = Gradients(dq, RowSum(keys), RowSum(values))
+        here = replace(saved, k=keys, v=values)
+        call.work.step(trip.source(t)).backward(call.kernel, here, sums)
+        if trip.alone(t):
+            return sums.dk.result(), sums.dv.result()
+        return sums.dk.wide(), sums.dv.wide()
 
 
 class _Trip:
     """One rank's view of the blocks that come by: at step t, place t % n of round t // n."""
 
-    def __init__(self, call: Call, kv: Tensor, double: bool) -> None:
+    def __init__(self, call: Call, kv: Pair, double: bool) -> None:
         group = call.group
         assert not double or (group.inner is not None and group.outer is not None)
         self.inner = group.inner if double and group.inner is not None else group
@@ -137,9 +151,10 @@ class _Trip:
         self._places = self.inner.cp_size
         self._rounds = group.cp_size // self._places
         self._routes = [route(call.work, s, self._places) for s in range(group.cp_size)]
-        #: The block that is here now, [2, L, K, D]; those that arrive from next door and next node.
-        self.kv = kv
-        self._next_kv = self._next_node_kv = kv
+        #: The block that is here now, keys and values [L, K, D]; those that arrive from next door
+        #: and from the next node.
+        self.kv: Pair = (kv[0].contiguous(), kv[1].contiguous())
+        self._next_kv = self._next_node_kv = self.kv
         self._between_nodes: Exchange | None = None
 
     def source(self, t: int) -> int:
@@ -152,6 +167,11 @@ class _Trip:
         """Whether a local query needs the block that is here at step t."""
         return t < self._cp_size and bool(self._call.work.needs[self._cp_rank, self.source(t)])
 
+    def alone(self, t: int) -> bool:
+        """Whether no other rank of this node adds to the gradients of step t's block."""
+        a, b = divmod(t, self._places)
+        return self._routes[self.source(t)].rounds[a] == (b, b)
+
     def pass_on_kv(self, exchange: Exchange, t: int) -> None:
         """Send this step's block on and receive the next one's, where somebody needs them."""
         a, b = divmod(t, self._places)
@@ -160,31 +180,31 @@ class _Trip:
         if a >= self._rounds or b + 1 >= self._places:
             return
         if b + 1 <= self._last(self.source(t), a):
-            exchange.send(self.kv, self.inner.cp_rank + 1, "kv")
+            self._send(exchange, self.kv, self.inner.cp_rank + 1, "kv")
         coming = self.source(t + 1)
         if b + 1 <= self._last(coming, a):
-            self._next_kv = self._new(coming, self.kv.dtype)
-            exchange.receive(self._next_kv, self.inner.cp_rank - 1)
+            self._next_kv = self._new(coming, self.kv[0].dtype)
+            self._receive(exchange, self._next_kv, self.inner.cp_rank - 1)
 
-    def pass_on_dkv(self, exchange: Exchange, t: int, dkv: Tensor | None) -> Tensor | None:
+    def pass_on_dkv(self, exchange: Exchange, t: int, dkv: Pair | None) -> Pair | None:
         """Send the gradients of the last step's block after it; receive those of this step's."""
         if t >= 1:
             a, b = divmod(t - 1, self._places)
             first, last = self._routes[self.source(t - 1)].rounds[a]
             if first <= b < last:
                 assert dkv is not None, "the last step had gradients to pass on"
-                exchange.send(self._packed(dkv), self.inner.cp_rank + 1, "dkv")
+                self._send_dkv(exchange, t - 1, dkv, self.inner.cp_rank + 1)
         a, b = divmod(t, self._places)
         if a >= self._rounds:
             return None
         first, last = self._routes[self.source(t)].rounds[a]
         if not first < b <= last:
             return None
-        arriving = self._new(self.source(t), self._call.gradient_dtype)
-        exchange.receive(arriving, self.inner.cp_rank - 1)
+        arriving = self._new(self.source(t), self._travel_dtype(self.source(t), a))
+        self._receive(exchange, arriving, self.inner.cp_rank - 1)
         return arriving
 
-    def bring_home(self, exchange: Exchange, t: int, dkv: Tensor | None) -> Tensor | None:
+    def bring_home(self, exchange: Exchange, t: int, dkv: Pair | None) -> Pair | None:
         """Send a node's finished gradients to the block's owner; receive those of the own block."""
         if t == 0:
             return None
@@ -192,13 +212,13 @@ class _Trip:
         source = self.source(t - 1)
         if b == self._last(source, a):
             assert dkv is not None, "the last step had gradients to bring home"
-            exchange.send(self._packed(dkv), source, "dkv")
+            self._send_dkv(exchange, t - 1, dkv, source)
         if b != self._last(self._cp_rank, a):
             return None
         node, place = divmod(self._cp_rank, self._places)
         last_rank = (node + a) % self._rounds * self._places + (place + b) % self._places
-        home = self._new(self._cp_rank, self._call.gradient_dtype)
-        exchange.receive(home, last_rank)
+        home = self._new(self._cp_rank, self._travel_dtype(self._cp_rank, a))
+        self._receive(exchange, home, last_rank)
         return home
 
     def next(self, t: int) -> None:
@@ -215,19 +235,33 @@ class _Trip:
         assert outer is not None
         self._between_nodes = Exchange(outer, self._call.ledger)
         if a + 1 <= self._routes[self.source(t)].last_round:
-            self._between_nodes.send(self.kv, outer.cp_rank + 1, "kv_between_nodes")
+            self._send(self._between_nodes, self.kv, outer.cp_rank + 1, "kv_between_nodes")
         coming = self.source(t + self._places)
         if a + 1 <= self._routes[coming].last_round:
-            self._next_node_kv = self._new(coming, self.kv.dtype)
-            self._between_nodes.receive(self._next_node_kv, outer.cp_rank - 1)
+            self._next_node_kv = self._new(coming, self.kv[0].dtype)
+            self._receive(self._between_nodes, self._next_node_kv, outer.cp_rank - 1)
         self._between_nodes.start()
 
     def _last(self, source: int, a: int) -> int:
         return self._routes[source].rounds[a][1]
 
-    def _packed(self, dkv: Tensor) -> Tensor:
-        return dkv.to(self._call.gradient_dtype)
+    def _travel_dtype(self, source: int, a: int) -> torch.dtype:
+        first, last = self._routes[source].rounds[a]
+        return self._call.travel_dtype(self.kv[0].dtype, summed=first != last)
 
-    def _new(self, source: int, dtype: torch.dtype) -> Tensor:
-        shape = (2, self._call.work.layout.local_seq_len(source), *self.kv.shape[2:])
-        return self.kv.new_empty(shape, dtype=dtype)
+    def _send_dkv(self, exchange: Exchange, t: int, dkv: Pair, to: int) -> None:
+        dtype = self._travel_dtype(self.source(t), t // self._places)
+        packed = (dkv[0].to(dtype).contiguous(), dkv[1].to(dtype).contiguous())
+        self._send(exchange, packed, to, "dkv")
+
+    def _send(self, exchange: Exchange, pair: Pair, to: int, kind: str) -> None:
+        for x in pair:
+            exchange.send(x, to, kind)
+
+    def _receive(self, exchange: Exchange, pair: Pair, source: int) -> None:
+        for x in pair:
+            exchange.receive(x, source)
+
+    def _new(self, source: int, dtype: torch.dtype) -> Pair:
+        shape = (self._call.work.layout.local_seq_len(source), *self.kv[0].shape[1:])
+        return self.kv[0].new_empty(shape, dtype=dtype), self.kv[0].new_empty(shape, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_attn.attention.accumulate import RowSum, SoftmaxSum
+from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
 from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.ledger import Ledger
@@ -24,15 +24,23 @@ class Call:
         work: what is to be computed.
         group: the ranks that take part.
         kernel: how a step is computed.
-        gradient_dtype: in what gradients of keys and values travel; they add up in float32.
+        gradient_dtype: in what gradients of keys and values travel; they add up in float32. None:
+            those of one rank's queries in the type of the keys, as a kernel returns them, and sums
+            of several ranks' in float32.
         ledger: counts what is sent.
     """
 
     work: Workload
     group: CommGroup
     kernel: Kernel
-    gradient_dtype: torch.dtype
+    gradient_dtype: torch.dtype | None
     ledger: Ledger | None = None
+
+    def travel_dtype(self, dtype: torch.dtype, summed: bool) -> torch.dtype:
+        """In what gradients travel of keys of some dtype, of one rank or added up over several."""
+        if self.gradient_dtype is not None:
+            return self.gradient_dtype
+        return accumulation_dtype(dtype) if summed else dtype
 
 
 #: What the forward keeps for the backward; which tensors these are is the strategy's own business.

@@ -112,7 +112,7 @@ class TileStep:
                 total.dk.add_all(dk)
                 total.dv.add_all(dv)
             return
-        dq, dk, dv = total.dq.wide(), total.dk.wide(), total.dv.wide()
+        dq, dk, dv = (x.accumulator() for x in (total.dq, total.dk, total.dv))
         for heads, row in self._work(k):
             parts = reference.attention_backward(
                 saved.dout[row.q, heads.q],

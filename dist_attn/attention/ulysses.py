@@ -116,7 +116,7 @@ class Ulysses:
         first_kv, end_kv = split.kv[trade.node.cp_rank]
         dq_heads = dout_heads
         # Of heads that several ranks read the gradients are yet to be added up.
-        wide = call.gradient_dtype if split.replicated else dout.dtype
+        wide = call.travel_dtype(dout.dtype, summed=True) if split.replicated else dout.dtype
         dkv_heads = [dout.new_zeros((len(dout_heads), end_kv - first_kv, dim), dtype=wide)] * 2
         if dout_heads.shape[1]:
             dq_heads, *grads = self._across.backward(trade.across, residuals, dout_heads)

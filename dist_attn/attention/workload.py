@@ -97,6 +97,23 @@ class Workload:
             self._steps[source, head_class] = self._step(positions, heads)
         return self._steps[source, head_class]
 
+    def half_heads(self, half: int) -> tuple[slice, slice]:
+        """Return the query heads and the key/value heads of one half, by their place here."""
+        repeats = len(self.heads) // self.num_kv_heads
+        bounds = (0, self.num_kv_heads // 2, self.num_kv_heads)
+        first, end = bounds[half : half + 2]
+        return slice(first * repeats, end * repeats), slice(first, end)
+
+    def half_step(self, half: int) -> Step:
+        """Cut the local queries against the own keys, for one half of the heads."""
+        if self._form is not None:
+            return self.step(self.cp_rank)  # dense kernels take any heads
+        key = (self.cp_rank, -2 - half)
+        if key not in self._steps:
+            heads = self.heads[self.half_heads(half)[0]]
+            self._steps[key] = self._step(self.positions(self.cp_rank), heads)
+        return self._steps[key]
+
     @functools.cached_property
     def needs(self) -> np.ndarray:
         """Whether rank r has a query that sees a key of rank s, bool [cp_size, cp_size]."""
