@@ -14,10 +14,10 @@ from torch import Tensor
 from dist_attn.attention.accumulate import accumulation_dtype
 from dist_attn.attention.context import context_of
 from dist_attn.attention.dispatch import Place, choose_strategy, make_call
-from dist_attn.attention.strategy import Call, Residuals, Strategy
+from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy
 
-#: Tensors that a strategy keeps: q, k, v, out and lse.
-NUM_KEPT = 5
+#: Tensors that an operator returns for its backward: Ulysses keeps those of each chunk of heads.
+MAX_KEPT = 4 * NUM_KEPT
 
 
 @torch.library.custom_op("dist_attn::attend", mutates_args=())
@@ -32,7 +32,7 @@ def attend(
         flat = [x.reshape(-1) for x in kept]
     else:
         flat = []
-    flat += [_nothing(q, i) for i in range(len(flat), NUM_KEPT)]
+    flat += [_nothing(q, i) for i in range(len(flat), MAX_KEPT)]
     padded = torch.nn.functional.pad
     out, lse = padded(out, (0, 0, 0, 0, 0, num_padding)), padded(lse, (0, num_padding))
     return [out.contiguous(), lse.contiguous(), *flat]
@@ -42,7 +42,7 @@ def attend(
 def _(q: Tensor, k: Tensor, v: Tensor, context: int, softmax_scale: float | None) -> list[Tensor]:
     library = torch.library.get_ctx()
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
-    sizes = [library.new_dynamic_size() for _ in range(NUM_KEPT)]
+    sizes = [library.new_dynamic_size() for _ in range(MAX_KEPT)]
     kept = [q.new_empty(size, dtype=_kept_dtype(q, i)) for i, size in enumerate(sizes)]
     return [torch.empty_like(q, memory_format=torch.contiguous_format), lse, *kept]
 
@@ -111,7 +111,7 @@ def _resolve(
 
 
 def _kept_dtype(q: Tensor, i: int) -> torch.dtype:
-    return accumulation_dtype(q.dtype) if i == NUM_KEPT - 1 else q.dtype
+    return accumulation_dtype(q.dtype) if i % NUM_KEPT == NUM_KEPT - 1 else q.dtype
 
 
 def _nothing(q: Tensor, i: int) -> Tensor:

@@ -43,6 +43,8 @@ class Call:
         return accumulation_dtype(dtype) if summed else dtype
 
 
+#: Tensors that a computation keeps for its backward: q, k, v, out and lse.
+NUM_KEPT = 5
 #: What the forward keeps for the backward; which tensors these are is the strategy's own business.
 Residuals = tuple[Tensor, ...]
 

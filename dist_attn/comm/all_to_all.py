@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,24 +26,25 @@ def all_to_all(
     """Send each rank of the group a list of tensors and return the lists that they sent.
 
     Args:
-        outgoing: per receiving rank its tensors, all of one dtype and device.
+        outgoing: per receiving rank its tensors, all of one dtype and device. They are packed into
+            one buffer, unless they lie one after another already.
         incoming: per sending rank the shapes of its tensors.
         group: the ranks that take part.
         ledger: counts what goes to other ranks.
         kind: the name under which it counts.
 
     Returns:
-        Per sending rank its tensors, views of one buffer; in a group of one those that were given.
+        Per sending rank its tensors, views of one buffer, one after another; in a group of one
+        those that were given.
 
     Collective:
         Every rank of the group; one `all_to_all_single` with uneven splits.
     """
     if group.cp_size == 1:
         return [list(outgoing[0])]
-    flat = [t.reshape(-1) for tensors in outgoing for t in tensors]
-    send = torch.cat(flat)
+    send = _packed([t for tensors in outgoing for t in tensors])
     send_sizes = [sum(t.numel() for t in tensors) for tensors in outgoing]
-    receive_sizes = [sum(_numel(s) for s in shapes) for shapes in incoming]
+    receive_sizes = [sum(math.prod(s) for s in shapes) for shapes in incoming]
     if ledger is not None:
         others = send.numel() - send_sizes[group.cp_rank]
         ledger.add(kind, others * send.element_size())
@@ -58,14 +60,46 @@ def all_to_all(
     for shapes in incoming:
         tensors = []
         for shape in shapes:
-            tensors.append(received[offset : offset + _numel(shape)].view(shape))
-            offset += _numel(shape)
+            numel = math.prod(shape)
+            tensors.append(received[offset : offset + numel].view(shape))
+            offset += numel
         lists.append(tensors)
     return lists
 
 
-def _numel(shape: Shape) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors along dim 0, without a copy if they lie one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    flat = _in_sequence(parts)
+    if flat is None:
+        return torch.cat(list(parts))
+    return flat.view(sum(len(p) for p in parts), *parts[0].shape[1:])
+
+
+def _packed(tensors: list[Tensor]) -> Tensor:
+    """Return all elements in one flat tensor."""
+    flat = _in_sequence(tensors)
+    if flat is not None:
+        return flat
+    buffer = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    offset = 0
+    for t in tensors:
+        buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
+        offset += t.numel()
+    return buffer
+
+
+def _in_sequence(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return a flat view of tensors that lie one after another in one storage, else None."""
+    held = [t for t in tensors if t.numel()]
+    if not held:
+        return tensors[0].reshape(-1)
+    end = held[0].data_ptr()
+    storage = held[0].untyped_storage().data_ptr()
+    for t in held:
+        mine = t.untyped_storage().data_ptr() == storage
+        if not (mine and t.is_contiguous() and t.data_ptr() == end):
+            return None
+        end += t.numel() * t.element_size()
+    return held[0].as_strided((sum(t.numel() for t in held),), (1,))

@@ -92,7 +92,7 @@ def merge_kernel(
     keep = tl.exp(a - top)
     gain = tl.exp(b - top)
     weight = keep + gain
-    tl.store(lse_at, top + tl.log(weight), mask=valid)
+    merged_lse = top + tl.log(weight)
     weight = tl.where(weight == 0.0, 1.0, weight)
     d = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (d < D)[None, :]
@@ -102,4 +102,7 @@ def merge_kernel(
         tl.float32
     )
     merged = x * (keep / weight)[:, None] + y * (gain / weight)[:, None]
+    # Every warp loads the normalisers for itself: none may be overwritten before all have.
+    tl.debug_barrier()
+    tl.store(lse_at, merged_lse, mask=valid)
     tl.store(at, merged.to(total.dtype.element_ty), mask=inside)

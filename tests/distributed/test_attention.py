@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dist_attn.attention import AttentionContext, attend_with_context, attention
+from dist_attn.attention import AttentionContext, attend_with_context, attention, dispatch
+from dist_attn.attention.strategy import Local
+from dist_attn.attention.ulysses import HeadSplit, Ulysses
 from dist_attn.errors import PlanError
 from dist_attn.layout import from_intervals, make_layout
 from dist_attn.masks import Causal, Documents
@@ -219,6 +221,39 @@ def test_ulysses_replicates_heads_only_as_far_as_needed():
         # Forward: to each of 3 others one query head and one head each of keys and values; back
         # the output; and the normaliser, which was asked for.
         assert part["forward_bytes"] == {"all_to_all": 3 * (3 + 1) * per_head + 3 * 16 * 4}
+
+
+class ChunkedUlysses(Ulysses):
+    """Trades heads in chunks, which on a CPU it would not."""
+
+    def num_chunks(self, split: HeadSplit, device: torch.device) -> int:
+        return min(3, split.divisible)
+
+
+def attend_in_chunks(case: Case, mask_name: str, layout_kind: str) -> tuple[dict, dict]:
+    whole = attend(case, mask_name, layout_kind, "ulysses")
+    before = dispatch.STRATEGIES["ulysses"]
+    dispatch.STRATEGIES["ulysses"] = ChunkedUlysses(Local())
+    try:
+        return whole, attend(case, mask_name, layout_kind, "ulysses")
+    finally:
+        dispatch.STRATEGIES["ulysses"] = before
+
+
+@pytest.mark.parametrize("layout_kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("mask_name", "heads"), [("causal documents", (12, 6)), ("causal documents", (10, 10)),
+                             ("causal documents", (4, 2)), ("s2", (4, 4))],
+)  # fmt: skip
+def test_heads_traded_in_chunks_change_nothing(mask_name, heads, layout_kind):
+    lengths = (SEQ_LEN,) if mask_name == "s2" else (40, 0, 23, 7)
+    case = Case(lengths, *heads)
+    for whole, chunked in run_ranks(attend_in_chunks, 2, case, mask_name, layout_kind):
+        for name in ("out", "lse", "dq", "dk", "dv"):
+            torch.testing.assert_close(chunked[name], whole[name], rtol=0, atol=1e-6)
+        assert chunked["all_bytes"] == whole["all_bytes"]
+        chunks = min(3, heads[1] // 2)
+        assert chunked["calls"]["all_to_all"] == chunks * whole["calls"]["all_to_all"]
 
 
 def attend_twice_with_checkpoint(case: Case, strategy: str) -> float:

@@ -63,7 +63,8 @@ def test_the_gpu_kernel_merges_alike(rows: Rows, dtype: torch.dtype) -> None:
     select = rows.select(total.device)
     merge.merge_part(want, want_lse, more, more_lse, select)
     merge._merge_on_gpu(total, total_lse, more, more_lse, select)
-    torch.testing.assert_close(total, want, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=1e-6)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(total, want, rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(total_lse, want_lse, rtol=1e-6, atol=1e-5)
 
 

@@ -1,0 +1,65 @@
+"""A stream beside the one that computes, for packing, exchanging and unpacking."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ticket(Generic[T]):
+    """What is being made beside the computation."""
+
+    _result: T
+    _done: torch.cuda.Event | None
+
+    def result(self) -> T:
+        """Return it; what is computed from here on waits for it."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        return self._result
+
+
+class SideStream:
+    """Work in the order in which it is given, beside what is computed. On a CPU, at once.
+
+    All of it lies between the making of the object and `finish`, both in one function: the stream
+    waits for what was computed before, and is waited for in the end, so that no memory of either
+    stream is used anew too early.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def run(self, work: Callable[[], T]) -> Ticket[T]:
+        """Start what needs all that was computed so far."""
+        if self._stream is None:
+            return Ticket(work(), None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        return self.run_at_once(work)
+
+    def run_at_once(self, work: Callable[[], T]) -> Ticket[T]:
+        """Start what needs nothing that was computed since this object was made."""
+        if self._stream is None:
+            return Ticket(work(), None)
+        with torch.cuda.stream(self._stream):
+            result = work()
+            return Ticket(result, self._stream.record_event())
+
+    def finish(self) -> None:
+        """Let what is computed from here on wait for everything."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)

@@ -1,0 +1,6 @@
+def steps(*a):
+    pass
+
+
+def largest_context(*a):
+    pass
