@@ -1,6 +1,6 @@
 """Measures what several GPUs of this host do together, and checks it, in one command.
 
-    torchrun --standalone --nproc-per-node gpu tools/bench_multi_gpu.py --out docs/benchmarks/multi_gpu
+    torchrun --standalone --nproc-per-node gpu tools/bench_multi_gpu.py --out FILE
 
 Four parts, each of which can be left out by `--parts`: exchange rates against NCCL's own for the
 same bytes; distributed attention against peers and an ideal, each result checked before it is

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -41,6 +42,8 @@ class DeepSpeedEngine:
         self._params = dict(model.named_parameters())
         self._state_keys = state_keys(config.optimizer)
         self._engine, *_ = deepspeed.initialize(
+            # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
+            args=None if device.index is None else SimpleNamespace(device_rank=device.index),
             model=model,
             optimizer=build_optimizer(model, config.optimizer, device),
             config=_deepspeed_config(config, device),
