@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_attn.errors import PlanError
+from dist_attn.peer_memory import PeerMemory, why_no_peer_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class CommGroup:
         process_group: None for a group of one rank, which never communicates.
         inner: for strategies in two levels, the ranks of the caller's node.
         outer: for strategies in two levels, the ranks at the caller's place in every node.
+        peers: memory that the group's GPUs copy into, where they can; else messages are sent.
     """
 
     ranks: tuple[int, ...]
@@ -30,6 +36,7 @@ class CommGroup:
     process_group: dist.ProcessGroup | None
     inner: CommGroup | None = None
     outer: CommGroup | None = None
+    peers: PeerMemory | None = None
 
     @property
     def cp_size(self) -> int:
@@ -54,10 +61,21 @@ class GroupPool:
     group of all ranks cost nothing and do not count.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 64, *, copy_engines: bool = True) -> None:
+        """Make an empty pool.
+
+        Args:
+            capacity: process groups that it keeps at the most.
+            copy_engines: let GPUs of one host copy into each other's memory, where they can.
+
+        Raises:
+            PlanError: no capacity.
+        """
         if capacity < 1:
             raise PlanError(f"a pool of groups needs room for one at least, got {capacity}")
         self.capacity = capacity
+        self._copy_engines = copy_engines
+        self._peers: dict[tuple[int, ...], PeerMemory] = {}
         self._groups: OrderedDict[tuple[int, ...], dist.ProcessGroup] = OrderedDict()
         self._met = False
 
@@ -81,7 +99,7 @@ class GroupPool:
                 f"ensure those of one micro-batch at a time, or raise the pool's capacity"
             )
         if not self._met and dist.is_initialized():
-            _connect(dist.group.WORLD)
+            self._connect(tuple(range(dist.get_world_size())), dist.group.WORLD)
             self._met = True
         for ranks in wanted:
             if ranks in self._groups:
@@ -90,10 +108,9 @@ class GroupPool:
             if ranks in self._groups:
                 continue
             if len(self._groups) >= self.capacity:
-                _, oldest = self._groups.popitem(last=False)
-                _destroy(oldest)
-            self._groups[ranks] = dist.new_group(list(ranks))
-            _connect(self._groups[ranks])
+                self._end_oldest()
+            self._groups[ranks] = dist.new_group(list(ranks), pg_options=_options())
+            self._connect(ranks, self._groups[ranks])
 
     def get(self, ranks: Iterable[int], inner_size: int | None = None) -> CommGroup:
         """Look up the group of `ranks`, of which the calling rank must be one.
@@ -121,16 +138,44 @@ class GroupPool:
         cp_rank = ranks.index(me)
         if len(ranks) == 1:
             return CommGroup(ranks, cp_rank, None)
+        peers = self._peers.get(ranks)
         if not _counts(ranks):
-            return CommGroup(ranks, cp_rank, dist.group.WORLD)
+            return CommGroup(ranks, cp_rank, dist.group.WORLD, peers=peers)
         if ranks not in self._groups:
             raise PlanError(f"no group of ranks {ranks}: call ensure() on every rank first")
-        return CommGroup(ranks, cp_rank, self._groups[ranks])
+        return CommGroup(ranks, cp_rank, self._groups[ranks], peers=peers)
 
     def close(self) -> None:
         """End every group of the pool; `ensure` makes them anew."""
         while self._groups:
-            _destroy(self._groups.popitem(last=False)[1])
+            self._end_oldest()
+
+    def _connect(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
+        """Have all members of a NCCL group meet once, and find out how they exchange.
+
+        NCCL connects at a group's first call, for which all members must be there; later, a step of
+        a ring may concern some of them only.
+        """
+        if group is dist.GroupMember.NON_GROUP_MEMBER or group is None or len(ranks) == 1:
+            return
+        if dist.get_backend(group) != "nccl":
+            return
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+        if self._copy_engines:
+            reason = why_no_peer_memory(ranks, group)
+            if reason is None:
+                self._peers[ranks] = PeerMemory(group)
+            elif dist.get_rank() == ranks[0]:
+                logger.info("ranks %s exchange by NCCL's kernels: %s", ranks, reason)
+
+    def _end_oldest(self) -> None:
+        ranks, group = self._groups.popitem(last=False)
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            return
+        if dist.get_backend(group) == "nccl":
+            torch.cuda.synchronize()  # its last messages may still be under way
+        self._peers.pop(ranks, None)
+        dist.destroy_process_group(group)
 
 
 def two_level_sets(ranks: Iterable[int], inner_size: int) -> list[tuple[int, ...]]:
@@ -165,19 +210,8 @@ def _counts(ranks: tuple[int, ...]) -> bool:
     return 1 < len(ranks) < dist.get_world_size()
 
 
-def _connect(group: dist.ProcessGroup | None) -> None:
-    """Have all members of a NCCL group meet once.
-
-    NCCL connects at a group's first call, for which all members must be there; later, a step of a
-    ring may concern some of them only.
-    """
-    if group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_backend(group) == "nccl":
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
-
-
-def _destroy(group: dist.ProcessGroup) -> None:
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        return
-    if dist.get_backend(group) == "nccl":
-        torch.cuda.synchronize()  # its last messages may still be under way
-    dist.destroy_process_group(group)
+def _options() -> Any:
+    """Options of a new group: NCCL's kernels before those that are waiting to compute."""
+    if not dist.is_nccl_available() or dist.get_backend() != "nccl":
+        return None
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

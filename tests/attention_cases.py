@@ -16,6 +16,7 @@ from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup, GroupPool, two_level_sets
 from dist_attn.layout import Layout, from_intervals, make_layout, shares_of_fractions
 from dist_attn.masks import Causal, Documents, Full, Mask
+from dist_attn.peer_memory import PeerMemory, why_no_peer_memory
 from tests.mask_zoo import zoo
 
 #: Ranks of a node in tests of strategies in two levels, by the number of ranks.
@@ -116,13 +117,20 @@ def assert_as_good_as_torch(got: dict[str, Tensor], case: Case, allowed: Tensor)
 
 
 def world_group(inner_size: int | None = None, device: str = "cpu") -> CommGroup:
-    """All ranks, cut into nodes if asked; over NCCL if each has a GPU of its own (`cuda:own`)."""
+    """All ranks, cut into nodes if asked.
+
+    Each has a GPU of its own in `cuda:copies`, where GPUs copy to each other, and in `cuda:nccl`.
+    """
     ranks = tuple(range(dist.get_world_size()))
-    if device == "cuda:own":
+    if device.startswith("cuda:"):
         torch.cuda.set_device(dist.get_rank())
         nccl = dist.new_group(list(ranks), backend="nccl")
         dist.all_reduce(torch.zeros(1, device="cuda"), group=nccl)
-        return CommGroup(ranks, dist.get_rank(), nccl)
+        peers = None
+        if device == "cuda:copies":
+            assert why_no_peer_memory(ranks, nccl) is None
+            peers = PeerMemory(nccl)
+        return CommGroup(ranks, dist.get_rank(), nccl, peers=peers)
     pool = GroupPool()
     if inner_size is not None:
         pool.ensure(two_level_sets(ranks, inner_size))
@@ -159,10 +167,12 @@ def attend(
 ) -> dict[str, Any]:
     """One rank's part of out, lse and gradients, with its positions and what it has sent."""
     two_levels = "+" in strategy and dist.get_world_size() > 1
-    group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None, device)
+    group = kwargs.pop("group", None)
+    if group is None:
+        group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None, device)
     layout, ledger = layout_of(layout_kind, case), Ledger()
     positions = torch.from_numpy(layout.positions(group.cp_rank))
-    x = {name: t[positions].to(device.removesuffix(":own")) for name, t in case.tensors().items()}
+    x = {name: t[positions].to(device.partition(":")[0]) for name, t in case.tensors().items()}
     for name in "qkv":
         x[name].requires_grad_()
     out, lse = attention(

@@ -30,10 +30,11 @@ class Gather(KeepsOwn):
         """See `Strategy`."""
         classes = call.work.head_classes
         fetcher = _Fetcher(call, k, v)
+        transport = call.open_transport(k, backward=False)
         queries = [_heads(q, c.q_heads) for c in classes]
         totals = [SoftmaxSum(x, v.shape[-1]) for x in queries]
         for t in range(call.group.cp_size):
-            exchange = Exchange(call.group, call.ledger)
+            exchange = transport.exchange()
             coming = fetcher.start(exchange, t + 1)
             exchange.start()
             if t == 0:
@@ -61,12 +62,13 @@ class Gather(KeepsOwn):
         """See `Strategy`."""
         q, k, v, out, lse = residuals
         fetcher = _Fetcher(call, k, v)
+        transport = call.open_transport(k, backward=True)
         saved = _ByClass(call, Saved(dout, q, k, v, out, lse))
         total = Gradients(RowSum(q), RowSum(k), RowSum(v))
         own = OwnStep(call, saved.whole, total)
         done: list[tuple[Tensor, Tensor]] = []
         for t in range(call.group.cp_size + 1):
-            exchange = Exchange(call.group, call.ledger)
+            exchange = transport.exchange()
             coming = fetcher.start(exchange, t + 1)
             returning = fetcher.start_return(exchange, t - 1, done)
             exchange.start()
@@ -78,7 +80,8 @@ class Gather(KeepsOwn):
             else:
                 own.second_half()
             exchange.wait()
-            fetcher.add_returned(returning, t - 1, total)
+            # Where they are the next but one will be; the last ones may stay.
+            fetcher.add_returned(returning, t - 1, total, keep=t == call.group.cp_size)
             fetcher.here = coming
         for rows, part in saved.dq():
             total.dq.add(rows, part)
@@ -131,6 +134,8 @@ class _Fetcher:
         self.cp_rank = call.group.cp_rank
         self.cp_size = call.group.cp_size
         self.dtype = call.travel_dtype(k.dtype, summed=False)
+        #: An empty tensor like the gradients that travel.
+        self.travels = k.new_empty(0, dtype=self.dtype)
         self.k, self.v = k, v
         self.here: list[tuple[Tensor, Tensor]] = []
 
@@ -149,7 +154,10 @@ class _Fetcher:
             for x in (self.k, self.v):
                 part = _heads(rows.take(x), head_class.kv_heads)
                 exchange.send(part.contiguous(), to, "kv")
-            arriving.append(self._receive(exchange, self.cp_rank, source, c, self.k.dtype))
+            num_rows = self.work.fetch(self.cp_rank, source, c).rows.num_rows
+            shape = (num_rows, len(head_class.kv_heads), self.k.shape[2])
+            keys, values = (exchange.receive(shape, self.k, source, "kv") for _ in range(2))
+            arriving.append((keys, values))
         return arriving
 
     def start_return(
@@ -163,31 +171,26 @@ class _Fetcher:
         for c, gradients in enumerate(done):
             for x in gradients:
                 exchange.send(x.to(self.dtype).contiguous(), source, "dkv")
-            arriving.append(self._receive(exchange, reader, self.cp_rank, c, self.dtype))
+            num_rows = self.work.fetch(reader, self.cp_rank, c).rows.num_rows
+            shape = (num_rows, len(self.work.head_classes[c].kv_heads), self.k.shape[2])
+            dk, dv = (exchange.receive(shape, self.travels, reader, "dkv") for _ in range(2))
+            arriving.append((dk, dv))
         return arriving
 
-    def add_returned(self, returned: list[tuple[Tensor, Tensor]], t: int, total: Gradients) -> None:
-        """Add the gradients of the own keys that came from stage t's reader."""
+    def add_returned(
+        self, returned: list[tuple[Tensor, Tensor]], t: int, total: Gradients, *, keep: bool
+    ) -> None:
+        """Add the gradients of the own keys from stage t's reader; `keep`: they stay there."""
         reader = (self.cp_rank + t) % self.cp_size
         for c, gradients in enumerate(returned):
             rows = self.work.fetch(reader, self.cp_rank, c).rows
             kv_heads = self.work.head_classes[c].kv_heads
             for sum_, part in zip((total.dk, total.dv), gradients, strict=True):
                 if len(kv_heads) == self.k.shape[1]:
-                    sum_.add(rows, part)
+                    sum_.add(rows, part if keep else part.clone())
                 else:
                     at = rows.index(part.device)[:, None], index_of(kv_heads, part.device)
                     sum_.add_at(at, part)
-
-    def _receive(
-        self, exchange: Exchange, needing: int, holding: int, c: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        num_rows = self.work.fetch(needing, holding, c).rows.num_rows
-        shape = (num_rows, len(self.work.head_classes[c].kv_heads), self.k.shape[2])
-        keys, values = (self.k.new_empty(shape, dtype=dtype) for _ in range(2))
-        for buffer in (keys, values):
-            exchange.receive(buffer, holding if needing == self.cp_rank else needing)
-        return keys, values
 
 
 def _heads(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:

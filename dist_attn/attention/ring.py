@@ -23,7 +23,7 @@ from dist_attn.attention.own_step import OwnStep
 from dist_attn.attention.step import Gradients
 from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
 from dist_attn.attention.workload import Workload
-from dist_attn.comm.exchange import Exchange
+from dist_attn.comm.exchange import Exchange, LaneName, Transport
 from dist_attn_kernels.segments import Saved
 
 #: Keys and values, or their gradients.
@@ -80,9 +80,10 @@ class Ring(KeepsOwn):
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
         trip = _Trip(call, (k, v), self._double)
+        transport = trip.open_transport(backward=False)
         total = SoftmaxSum(q, v.shape[-1])
         for t in range(call.group.cp_size):
-            exchange = Exchange(trip.inner, call.ledger)
+            exchange = transport.exchange()
             trip.pass_on_kv(exchange, t)
             exchange.start()
             if trip.computes(t):
@@ -98,17 +99,22 @@ class Ring(KeepsOwn):
         """See `Strategy`."""
         q, k, v, out, lse = residuals
         trip = _Trip(call, (k, v), self._double)
+        transport = trip.open_transport(backward=True)
         total = Gradients(RowSum(q), RowSum(k), RowSum(v))
         own = OwnStep(call, Saved(dout, q, k, v, out, lse), total)
         dkv: Pair | None = None
         for t in range(call.group.cp_size + 1):
-            exchange = Exchange(trip.inner, call.ledger)
-            homeward = Exchange(call.group, call.ledger)
+            exchange = transport.exchange()
+            # In two levels the way home is not inside the node.
+            homeward = (
+                Transport(call.group, call.ledger, {}).exchange() if trip.double else exchange
+            )
             trip.pass_on_kv(exchange, t)
             arriving = trip.pass_on_dkv(exchange, t, dkv)
             home = trip.bring_home(homeward, t, dkv)
             exchange.start()
-            homeward.start()
+            if trip.double:
+                homeward.start()
             part: Pair | None = None
             if t == 0:
                 own.first_half()
@@ -117,14 +123,17 @@ class Ring(KeepsOwn):
             elif t == call.group.cp_size:
                 own.second_half()
             exchange.wait()
-            homeward.wait()
+            if trip.double:
+                homeward.wait()
             if part is not None and arriving is not None:
                 dkv = part[0].add_(arriving[0]), part[1].add_(arriving[1])
             else:
                 dkv = part if part is not None else arriving
             if home is not None:
-                total.dk.add_all(home[0])
-                total.dv.add_all(home[1])
+                # Where they are the next but one will be; the last ones may stay.
+                keep = t == call.group.cp_size
+                total.dk.add_all(home[0] if keep else home[0].clone())
+                total.dv.add_all(home[1] if keep else home[1].clone())
             trip.next(t)
         return total.dq.result(), total.dk.result(), total.dv.result()
 
@@ -145,6 +154,7 @@ class _Trip:
     def __init__(self, call: Call, kv: Pair, double: bool) -> None:
         group = call.group
         assert not double or (group.inner is not None and group.outer is not None)
+        self.double = double
         self.inner = group.inner if double and group.inner is not None else group
         self._call = call
         self._cp_rank, self._cp_size = group.cp_rank, group.cp_size
@@ -156,6 +166,12 @@ class _Trip:
         self.kv: Pair = (kv[0].contiguous(), kv[1].contiguous())
         self._next_kv = self._next_node_kv = self.kv
         self._between_nodes: Exchange | None = None
+
+    def open_transport(self, *, backward: bool) -> Transport:
+        """Prepare the exchanges inside the node."""
+        if self.double:
+            return Transport(self.inner, self._call.ledger, {})
+        return self._call.open_transport(self.kv[0], backward=backward)
 
     def source(self, t: int) -> int:
         """Rank whose block is here at step t."""
@@ -183,8 +199,7 @@ class _Trip:
             self._send(exchange, self.kv, self.inner.cp_rank + 1, "kv")
         coming = self.source(t + 1)
         if b + 1 <= self._last(coming, a):
-            self._next_kv = self._new(coming, self.kv[0].dtype)
-            self._receive(exchange, self._next_kv, self.inner.cp_rank - 1)
+            self._next_kv = self._receive(exchange, coming, self.kv[0], self.inner.cp_rank - 1)
 
     def pass_on_dkv(self, exchange: Exchange, t: int, dkv: Pair | None) -> Pair | None:
         """Send the gradients of the last step's block after it; receive those of this step's."""
@@ -193,16 +208,15 @@ class _Trip:
             first, last = self._routes[self.source(t - 1)].rounds[a]
             if first <= b < last:
                 assert dkv is not None, "the last step had gradients to pass on"
-                self._send_dkv(exchange, t - 1, dkv, self.inner.cp_rank + 1)
+                self._send_dkv(exchange, t - 1, dkv, self.inner.cp_rank + 1, "dkv")
         a, b = divmod(t, self._places)
         if a >= self._rounds:
             return None
         first, last = self._routes[self.source(t)].rounds[a]
         if not first < b <= last:
             return None
-        arriving = self._new(self.source(t), self._travel_dtype(self.source(t), a))
-        self._receive(exchange, arriving, self.inner.cp_rank - 1)
-        return arriving
+        like = self._like(self.source(t), a)
+        return self._receive(exchange, self.source(t), like, self.inner.cp_rank - 1, "dkv")
 
     def bring_home(self, exchange: Exchange, t: int, dkv: Pair | None) -> Pair | None:
         """Send a node's finished gradients to the block's owner; receive those of the own block."""
@@ -212,14 +226,13 @@ class _Trip:
         source = self.source(t - 1)
         if b == self._last(source, a):
             assert dkv is not None, "the last step had gradients to bring home"
-            self._send_dkv(exchange, t - 1, dkv, source)
+            self._send_dkv(exchange, t - 1, dkv, source, "home")
         if b != self._last(self._cp_rank, a):
             return None
         node, place = divmod(self._cp_rank, self._places)
         last_rank = (node + a) % self._rounds * self._places + (place + b) % self._places
-        home = self._new(self._cp_rank, self._travel_dtype(self._cp_rank, a))
-        self._receive(exchange, home, last_rank)
-        return home
+        like = self._like(self._cp_rank, a)
+        return self._receive(exchange, self._cp_rank, like, last_rank, "home")
 
     def next(self, t: int) -> None:
         """Make the block of the next step the present one."""
@@ -233,13 +246,14 @@ class _Trip:
     def _pass_to_next_node(self, t: int, a: int) -> None:
         outer = self._call.group.outer
         assert outer is not None
-        self._between_nodes = Exchange(outer, self._call.ledger)
+        self._between_nodes = Transport(outer, self._call.ledger, {}).exchange()
         if a + 1 <= self._routes[self.source(t)].last_round:
-            self._send(self._between_nodes, self.kv, outer.cp_rank + 1, "kv_between_nodes")
+            self._send(self._between_nodes, self.kv, outer.cp_rank + 1, "kv", "kv_between_nodes")
         coming = self.source(t + self._places)
         if a + 1 <= self._routes[coming].last_round:
-            self._next_node_kv = self._new(coming, self.kv[0].dtype)
-            self._receive(self._between_nodes, self._next_node_kv, outer.cp_rank - 1)
+            self._next_node_kv = self._receive(
+                self._between_nodes, coming, self.kv[0], outer.cp_rank - 1
+            )
         self._between_nodes.start()
 
     def _last(self, source: int, a: int) -> int:
@@ -249,19 +263,25 @@ class _Trip:
         first, last = self._routes[source].rounds[a]
         return self._call.travel_dtype(self.kv[0].dtype, summed=first != last)
 
-    def _send_dkv(self, exchange: Exchange, t: int, dkv: Pair, to: int) -> None:
+    def _like(self, source: int, a: int) -> Tensor:
+        """An empty tensor like the gradients of a block that travel."""
+        return self.kv[0].new_empty(0, dtype=self._travel_dtype(source, a))
+
+    def _send_dkv(self, exchange: Exchange, t: int, dkv: Pair, to: int, lane: LaneName) -> None:
         dtype = self._travel_dtype(self.source(t), t // self._places)
         packed = (dkv[0].to(dtype).contiguous(), dkv[1].to(dtype).contiguous())
-        self._send(exchange, packed, to, "dkv")
+        self._send(exchange, packed, to, lane, "dkv")
 
-    def _send(self, exchange: Exchange, pair: Pair, to: int, kind: str) -> None:
+    def _send(
+        self, exchange: Exchange, pair: Pair, to: int, lane: LaneName, kind: str | None = None
+    ) -> None:
         for x in pair:
-            exchange.send(x, to, kind)
+            exchange.send(x, to, lane, kind)
 
-    def _receive(self, exchange: Exchange, pair: Pair, source: int) -> None:
-        for x in pair:
-            exchange.receive(x, source)
-
-    def _new(self, source: int, dtype: torch.dtype) -> Pair:
+    def _receive(
+        self, exchange: Exchange, source: int, like: Tensor, sender: int, lane: LaneName = "kv"
+    ) -> Pair:
+        """Return where the block of `source` will be, or its gradients."""
         shape = (self._call.work.layout.local_seq_len(source), *self.kv[0].shape[1:])
-        return self.kv[0].new_empty(shape, dtype=dtype), self.kv[0].new_empty(shape, dtype=dtype)
+        keys, values = (exchange.receive(shape, like, sender, lane) for _ in range(2))
+        return keys, values

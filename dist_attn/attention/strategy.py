@@ -11,8 +11,10 @@ from torch import Tensor
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
 from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.attention.workload import Workload
+from dist_attn.comm.exchange import LaneName, Transport, open_transport
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
+from dist_attn.peer_memory import ALIGNMENT
 from dist_attn_kernels.segments import Saved
 
 
@@ -35,6 +37,19 @@ class Call:
     kernel: Kernel
     gradient_dtype: torch.dtype | None
     ledger: Ledger | None = None
+
+    def open_transport(self, k: Tensor, *, backward: bool) -> Transport:
+        """Prepare the exchanges of keys and values like `k`, and in a backward their gradients'."""
+        rows = max(self.work.layout.local_seq_lens)
+        numel = 2 * rows * k.shape[1] * k.shape[2]
+        # Heads that are sent apart begin at aligned places.
+        apart = 2 * ALIGNMENT * len(self.work.head_classes)
+        lanes: dict[LaneName, int] = {"kv": numel * k.element_size() + apart}
+        if backward:
+            wide = self.travel_dtype(k.dtype, summed=True).itemsize
+            own = self.travel_dtype(k.dtype, summed=False).itemsize
+            lanes["dkv"] = lanes["home"] = numel * max(wide, own) + apart
+        return open_transport(self.group, self.ledger, lanes)
 
     def travel_dtype(self, dtype: torch.dtype, summed: bool) -> torch.dtype:
         """In what gradients travel of keys of some dtype, of one rank or added up over several."""

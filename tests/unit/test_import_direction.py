@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
     ["dist_attn_kernels"],
     ["dist_attn.config", "dist_attn.config_masks", "dist_attn.errors"],
-    ["dist_attn.masks", "dist_attn.layout", "dist_attn.groups"],
+    ["dist_attn.masks", "dist_attn.layout", "dist_attn.groups", "dist_attn.peer_memory"],
     ["dist_attn.comm"],
     ["dist_attn.attention"],
     ["dist_attn.planner"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +19,19 @@ from torch import Tensor
 
 from dist_attn.attention import attention
 from dist_attn.comm.ledger import Ledger
-from dist_attn.groups import CommGroup, single_rank_group
+from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.layout import make_layout
 from dist_attn.masks import Causal, Full, Mask, patterns
 
 DIM, DTYPE = 128, torch.bfloat16
 #: Largest difference to one GPU's result, relative in the 2-norm; both are rounded to bf16.
 BOUND = 2e-2
+#: Strategy, layout, and whether GPUs copy to each other.
 OURS = {
-    "ring": ("ring", "zigzag"),
-    "gather": ("gather", "zigzag"),
-    "ulysses": ("ulysses", "contiguous"),
+    "gather": ("gather", "zigzag", True),
+    "ring": ("ring", "zigzag", True),
+    "ulysses": ("ulysses", "contiguous", True),
+    "gather, NCCL": ("gather", "zigzag", False),
 }
 METHODS = (*OURS, *peers.PEERS)
 SAMPLES = 48
@@ -92,6 +95,15 @@ def cases(tokens: list[int], masks: list[str], heads: list[str]) -> list[Case]:
             continue  # a minute of one GPU for the comparison
         found.append(Case(name, seq_len, num_heads, num_kv_heads))
     return found
+
+
+@functools.cache
+def group_of_all(copies: bool) -> CommGroup:
+    """All ranks, whose GPUs copy to each other or exchange by NCCL's kernels."""
+    pool = GroupPool(copy_engines=copies)
+    ranks = tuple(range(dist.get_world_size()))
+    pool.ensure([ranks])
+    return pool.get(ranks)
 
 
 def run(report: Report, clock: Clock, chosen: list[Case], methods: list[str]) -> None:
@@ -185,9 +197,9 @@ def _one(report: Report, problem: Problem, name: str) -> None:
     ledger = Ledger()
     scope: Callable[[], Any] = contextlib.nullcontext
     if name in OURS:
-        strategy, kind = OURS[name]
+        strategy, kind, copies = OURS[name]
         layout = make_layout(kind, problem.cu_seqlens, size)
-        group = CommGroup(tuple(range(size)), rank, dist.group.WORLD)
+        group = group_of_all(copies)
         positions = torch.from_numpy(layout.positions(rank)).cuda()
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from multi_gpu.attention import group_of_all
 from multi_gpu.timing import Clock, Report, seconds_of
 from torch import Tensor
 
 from dist_attn.comm.all_to_all import all_to_all
-from dist_attn.comm.exchange import Exchange
+from dist_attn.comm.exchange import open_transport
 from dist_attn.groups import CommGroup
 
 HEADS, DIM = 32, 128
@@ -18,17 +19,16 @@ HEADS, DIM = 32, 128
 
 def run(report: Report, clock: Clock) -> None:
     """Time each exchange for a few sizes; GB/s are what a rank sends, and receives as well."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    group = CommGroup(tuple(range(size)), rank, dist.group.WORLD)
+    size = dist.get_world_size()
+    group = group_of_all(copies=True)
     for tokens in (1024, 8192, 32768):
         if not clock.allows(20):
             report.note(f"exchange rates from {tokens} tokens were left out: time was up")
             return
         kv = [_random(tokens) for _ in range(2)]
-        into = [torch.empty_like(x) for x in kv]
         num_bytes = 2 * kv[0].nbytes
         for name, ours, theirs in (
-            ("ring step", lambda k=kv, i=into: _ring(group, k, i), lambda k=kv: _plain(group, k)),
+            ("ring step", lambda k=kv: _ring(group, k), lambda k=kv: _plain(group, k)),
             (
                 "block gather",
                 lambda k=kv: _gather(group, k),
@@ -52,22 +52,22 @@ def _random(tokens: int) -> Tensor:
     return torch.randn(tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
 
 
-def _ring(group: CommGroup, kv: list[Tensor], into: list[Tensor]) -> None:
-    exchange = Exchange(group)
-    for x, y in zip(kv, into, strict=True):
-        exchange.send(x, group.cp_rank + 1, "kv")
-        exchange.receive(y, group.cp_rank - 1)
-    exchange.start()
-    exchange.wait()
+def _ring(group: CommGroup, kv: list[Tensor]) -> None:
+    _exchange(group, kv)
 
 
 def _gather(group: CommGroup, kv: list[Tensor]) -> None:
     """Every other block of 64 tokens: what a sparse mask may ask for."""
-    exchange = Exchange(group)
-    blocks = [x.view(-1, 2, 64, HEADS, DIM)[:, 0].contiguous() for x in kv]
-    for x in blocks:
+    _exchange(group, [x.view(-1, 2, 64, HEADS, DIM)[:, 0].contiguous() for x in kv])
+
+
+def _exchange(group: CommGroup, kv: list[Tensor]) -> None:
+    most = sum(x.nbytes for x in kv)
+    exchange = open_transport(group, None, {"kv": most}).exchange()
+    for x in kv:
         exchange.send(x, group.cp_rank + 1, "kv")
-        exchange.receive(torch.empty_like(x), group.cp_rank - 1)
+    for x in kv:
+        exchange.receive(tuple(x.shape), x, group.cp_rank - 1, "kv")
     exchange.start()
     exchange.wait()
 
