@@ -12,6 +12,7 @@ one's output leaves while one is computed.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,8 +23,15 @@ from dist_attn.attention.accumulate import accumulation_dtype, index_of
 from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy
 from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all, joined
+from dist_attn.comm.copied_all_to_all import copied_all_to_all
 from dist_attn.comm.side_stream import SideStream
 from dist_attn.groups import single_rank_group
+from dist_attn.peer_memory import ALIGNMENT
+
+
+#: Per rank a half-open interval.
+Intervals = tuple[tuple[int, int], ...]
+Traded = list[tuple[Tensor, Intervals]]
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,7 @@ class Ulysses:
         node = call.group.inner or call.group
         split = split_heads(len(call.work.heads), call.work.num_kv_heads, node.cp_size)
         chunks = self.num_chunks(split, device)
-        return [_Trade(call, split.chunk(i, chunks)) for i in range(chunks)]
+        return [_Trade(call, split.chunk(i, chunks), i == 0) for i in range(chunks)]
 
     def num_chunks(self, split: HeadSplit, device: torch.device) -> int:
         """In how many chunks the heads are traded."""
@@ -195,7 +203,7 @@ class Ulysses:
 class _Trade:
     """All-to-all inside a node, between tokens with all heads and heads with all tokens."""
 
-    def __init__(self, call: Call, split: HeadSplit) -> None:
+    def __init__(self, call: Call, split: HeadSplit, is_first: bool) -> None:
         group, work = call.group, call.work
         self.call = call
         self.node = group.inner or group
@@ -203,6 +211,10 @@ class _Trade:
         first = group.cp_rank - self.node.cp_rank
         #: Tokens of each rank of the node.
         self.lengths = work.layout.local_seq_lens[first : first + self.node.cp_size]
+        #: Whether GPUs copy to each other; heads that several ranks read are added up instead.
+        self.copies = self.node.peers is not None and not split.replicated
+        #: Whether nothing is computed while tensors come.
+        self.is_first = is_first
 
     @property
     def across(self) -> Call:
@@ -225,12 +237,18 @@ class _Trade:
 
     def put_tokens(self, x: Tensor, target: Tensor) -> None:
         """Put this rank's tokens of [S, own query heads, D] into [L, H, D]."""
+        if self.copies:
+            self._copy_tokens([x], [target], [self.split.q])
+            return
         (parts,) = self._to_tokens([x], [self.split.q])
         for part, heads in zip(parts, self.split.q, strict=True):
             target[:, slice(*heads)] = part
 
     def add_tokens(self, pair: list[Tensor], targets: list[Tensor]) -> None:
         """Put, or add where several ranks read a head, [S, own heads, D] into [L, K, D]."""
+        if self.copies:
+            self._copy_tokens(pair, targets, [self.split.kv] * 2)
+            return
         received = self._to_tokens(pair, [self.split.kv] * 2)
         for parts, target in zip(received, targets, strict=True):
             for part, heads in zip(parts, self.split.kv, strict=True):
@@ -239,13 +257,11 @@ class _Trade:
                 else:
                     target[:, slice(*heads)] = part
 
-    def _to_heads(
-        self, tensors: list[Tensor], heads: list[tuple[tuple[int, int], ...]]
-    ) -> list[Tensor]:
+    def _to_heads(self, tensors: list[Tensor], heads: list[Intervals]) -> list[Tensor]:
         node = self.node
         order, _ = self.call.work.orders(node.cp_size, tensors[0].device)
-        streams = []
-        for group in _messages(list(zip(tensors, heads, strict=True))):
+        streams = self._copy_heads(tensors, heads) if self.copies else []
+        for group in [] if self.copies else _messages(list(zip(tensors, heads, strict=True))):
             outgoing = [[x[:, slice(*h[r])] for x, h in group] for r in range(node.cp_size)]
             counts = [h[node.cp_rank][1] - h[node.cp_rank][0] for _, h in group]
             incoming = [
@@ -256,9 +272,51 @@ class _Trade:
             streams += [joined([parts[i] for parts in received]) for i in range(len(group))]
         return streams if order is None else [x.index_select(0, order) for x in streams]
 
-    def _to_tokens(
-        self, tensors: list[Tensor], heads: list[tuple[tuple[int, int], ...]]
-    ) -> list[list[Tensor]]:
+    def _copy_heads(self, tensors: list[Tensor], heads: list[Intervals]) -> list[Tensor]:
+        """Return the node's tokens of this rank's heads, rank after rank."""
+        node = self.node
+        streams = [
+            x.new_empty(sum(self.lengths), h[node.cp_rank][1] - h[node.cp_rank][0], x.shape[2])
+            for x, h in zip(tensors, heads, strict=True)
+        ]
+        outgoing = [
+            [x[:, slice(*h[r])] for x, h in zip(tensors, heads, strict=True)]
+            for r in range(node.cp_size)
+        ]
+        targets = list(zip(*(s.split(list(self.lengths)) for s in streams), strict=True))
+        self._copy(outgoing, targets, pack=self.is_first)
+        return streams
+
+    def _copy_tokens(
+        self, tensors: list[Tensor], targets: list[Tensor], heads: list[Intervals]
+    ) -> None:
+        """Put this rank's tokens of each [S, own heads, D] into [L, all heads, D]."""
+        _, order = self.call.work.orders(self.node.cp_size, tensors[0].device)
+        if order is not None:
+            tensors = [x.index_select(0, order) for x in tensors]
+        outgoing = list(zip(*(x.split(list(self.lengths)) for x in tensors), strict=True))
+        wanted = [
+            [x[:, slice(*h[r])] for x, h in zip(targets, heads, strict=True)]
+            for r in range(self.node.cp_size)
+        ]
+        self._copy(outgoing, wanted, pack=False)
+
+    def _copy(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        targets: Sequence[Sequence[Tensor]],
+        *,
+        pack: bool,
+    ) -> None:
+        x, both = outgoing[0][0], (self.split.q, self.split.kv)
+        heads = [b - a + 2 * (d - c) for (a, b), (c, d) in zip(*both, strict=True)]
+        # As much as queries, keys and values, or their gradients, in the widest type.
+        most = max(self.lengths) * max(heads) * x.shape[2] * max(x.element_size(), 4)
+        copied_all_to_all(
+            outgoing, targets, self.node, most + 3 * ALIGNMENT, ledger=self.call.ledger, pack=pack
+        )
+
+    def _to_tokens(self, tensors: list[Tensor], heads: list[Intervals]) -> list[list[Tensor]]:
         """Return for each tensor [S, own heads, D] this rank's tokens, per rank's heads."""
         node = self.node
         _, order = self.call.work.orders(node.cp_size, tensors[0].device)
@@ -276,9 +334,6 @@ class _Trade:
             received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
             lists += [[parts[i] for parts in received] for i in range(len(group))]
         return lists
-
-
-Traded = list[tuple[Tensor, tuple[tuple[int, int], ...]]]
 
 
 def _messages(traded: Traded) -> list[Traded]:

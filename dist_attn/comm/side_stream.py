@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -30,12 +30,13 @@ class SideStream:
     """Work in the order in which it is given, beside what is computed. On a CPU, at once.
 
     All of it lies between the making of the object and `finish`, both in one function: the stream
-    waits for what was computed before, and is waited for in the end, so that no memory of either
-    stream is used anew too early.
+    waits for what was computed before, and is waited for in the end. Until then all work is kept
+    with the tensors that it reads, so that no memory of either stream is used anew too early.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _stream(device) if device.type == "cuda" else None
+        self._held: list[Any] = []
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -52,12 +53,14 @@ class SideStream:
             return Ticket(work(), None)
         with torch.cuda.stream(self._stream):
             result = work()
+            self._held.append((work, result))
             return Ticket(result, self._stream.record_event())
 
     def finish(self) -> None:
         """Let what is computed from here on wait for everything."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._held.clear()
 
 
 @functools.cache

@@ -112,6 +112,9 @@ class PerSegment:
         self, q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, segments: Segments, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
+        if len(segments) == 1 and len(q_LHD) and len(k_LKD):
+            out, lse = self.forward_one(q_LHD, k_LKD, v_LKD, segments.causal, softmax_scale)
+            return out.contiguous(), lse
         out = torch.empty_like(q_LHD, memory_format=torch.contiguous_format)
         lse_dtype = torch.promote_types(q_LHD.dtype, torch.float32)
         lse = q_LHD.new_empty((q_LHD.shape[1], q_LHD.shape[0]), dtype=lse_dtype)
@@ -129,6 +132,9 @@ class PerSegment:
         self, saved: Saved, segments: Segments, softmax_scale: float, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend`."""
+        if len(segments) == 1 and len(saved.q) and len(saved.k):
+            with deterministic_kernels(deterministic):
+                return self.backward_one(saved, segments.causal, softmax_scale)
         dq, dk, dv = (
             torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in (saved.q, saved.k, saved.v)
