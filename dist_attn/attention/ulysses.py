@@ -28,7 +28,6 @@ from dist_attn.comm.side_stream import SideStream
 from dist_attn.groups import single_rank_group
 from dist_attn.peer_memory import ALIGNMENT
 
-
 #: Per rank a half-open interval.
 Intervals = tuple[tuple[int, int], ...]
 Traded = list[tuple[Tensor, Intervals]]
