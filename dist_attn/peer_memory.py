@@ -140,14 +140,6 @@ def _driver() -> Any:
     return driver
 
 
-@functools.cache
-def runtime_api() -> Any:
-    """The CUDA runtime's Python bindings."""
-    from cuda.bindings import runtime  # noqa: PLC0415 - comes with torch's CUDA builds
-
-    return runtime
-
-
 def _check(result: tuple[Any, ...]) -> None:
     status = result[0]
     if int(status) != 0:

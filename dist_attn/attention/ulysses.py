@@ -12,7 +12,7 @@ one's output leaves while one is computed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,13 +24,22 @@ from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy
 from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all, joined
 from dist_attn.comm.copied_all_to_all import copied_all_to_all
-from dist_attn.comm.side_stream import SideStream
+from dist_attn.comm.side_stream import SideStream, Ticket
 from dist_attn.groups import single_rank_group
 from dist_attn.peer_memory import ALIGNMENT
 
 #: Per rank a half-open interval.
 Intervals = tuple[tuple[int, int], ...]
-Traded = list[tuple[Tensor, Intervals]]
+#: For each of some tensors, the part of each rank.
+Parts = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What goes to each rank, and, where GPUs copy, the place for what comes, own part included."""
+
+    outgoing: Parts
+    streams: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,27 +137,30 @@ class Ulysses:
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
         trades = self._trades(call, q.device)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[1], len(q), dtype=accumulation_dtype(q.dtype))
         side = SideStream(q.device)
-        coming = side.run_at_once(partial(trades[0].qkv_to_heads, q, k, v))
+        arriving = _arrivals(trades, side, [q, k, v])
+        leaving: list[list[Ticket[Parts]]] = []
         kept: list[Tensor] = []
-        for i, trade in enumerate(trades):
-            q_heads, k_heads, v_heads = coming.result()
-            if i + 1 < len(trades):
-                coming = side.run_at_once(partial(trades[i + 1].qkv_to_heads, q, k, v))
-            out_heads, lse_heads = q_heads, lse.new_empty((0, len(q_heads)))
+        for trade, (q_heads, k_heads, v_heads) in zip(trades, arriving, strict=True):
+            out_heads = q_heads
+            lse_heads = q.new_empty((0, len(q_heads)), dtype=accumulation_dtype(q.dtype))
             if q_heads.shape[1]:
                 read = _expand(trade.split, trade.node.cp_rank, q.device)
                 tensors = q_heads, _read(k_heads, read), _read(v_heads, read)
-                found = self._across.forward(trade.across, *tensors, with_lse)
-                out_heads, lse_heads = found[0], lse_heads if found[1] is None else found[1]
-                kept += found[2]
-            side.run(partial(trade.put_tokens, out_heads, out))
+                out_heads, found, residuals = self._across.forward(trade.across, *tensors, with_lse)
+                lse_heads = lse_heads if found is None else found
+                kept += residuals
+            gone = [side.run(partial(trade.to_tokens, [out_heads], [trade.split.q]))]
             if with_lse:
-                of_tokens = (x.t()[..., None] for x in (lse_heads, lse))
-                side.run(partial(trade.put_tokens, *of_tokens))
+                x = lse_heads.t()[..., None]
+                gone.append(side.run(partial(trade.to_tokens, [x], [trade.split.q])))
+            leaving.append(gone)
         side.finish()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[1], len(q), dtype=accumulation_dtype(q.dtype))
+        for trade, gone in zip(trades, leaving, strict=True):
+            for ticket, target in zip(gone, (out, lse.t()[..., None]), strict=False):
+                trade.place(ticket.result()[0], trade.split.q, target)
         return out, lse if with_lse else None, tuple(kept)
 
     def backward(
@@ -164,13 +176,12 @@ class Ulysses:
         shape = (len(dout), num_kv_heads, dout.shape[2])
         make = dout.new_zeros if summed else dout.new_empty
         dkv = [make(shape, dtype=wide) for _ in range(2)]
+        travel = call.travel_dtype(dout.dtype, summed=True) if summed else dout.dtype
         side = SideStream(dout.device)
-        coming = side.run_at_once(partial(trades[0].dout_to_heads, dout))
+        arriving = _arrivals(trades, side, [dout])
+        leaving: list[Ticket[Parts]] = []
         kept = list(residuals)
-        for i, trade in enumerate(trades):
-            dout_heads = coming.result()
-            if i + 1 < len(trades):
-                coming = side.run_at_once(partial(trades[i + 1].dout_to_heads, dout))
+        for trade, (dout_heads,) in zip(trades, arriving, strict=True):
             first_kv, end_kv = trade.split.kv[trade.node.cp_rank]
             dq_heads = dout_heads
             none = (len(dout_heads), end_kv - first_kv, dout.shape[2])
@@ -180,11 +191,20 @@ class Ulysses:
                 dq_heads, *grads = self._across.backward(trade.across, saved, dout_heads)
                 read = _expand(trade.split, trade.node.cp_rank, dout.device)
                 dkv_heads = [_fold(g, read, end_kv - first_kv) for g in grads]
-            travel = call.travel_dtype(dout.dtype, summed=True) if summed else dout.dtype
             dkv_heads = [g.to(travel) for g in dkv_heads]
-            side.run(partial(trade.put_tokens, dq_heads, dq))
-            side.run(partial(trade.add_tokens, dkv_heads, dkv))
+            if travel == dout.dtype:
+                heads = [trade.split.q, trade.split.kv, trade.split.kv]
+                work = partial(trade.to_tokens, [dq_heads, *dkv_heads], heads)
+                leaving.append(side.run(work))
+                continue
+            leaving.append(side.run(partial(trade.to_tokens, [dq_heads], [trade.split.q])))
+            leaving.append(side.run(partial(trade.to_tokens, dkv_heads, [trade.split.kv] * 2)))
         side.finish()
+        parts = [p for ticket in leaving for p in ticket.result()]
+        for i, trade in enumerate(trades):
+            trade.place(parts[3 * i], trade.split.q, dq)
+            for target, received in zip(dkv, parts[3 * i + 1 : 3 * i + 3], strict=True):
+                trade.place(received, trade.split.kv, target, add=summed)
         dk, dv = (x.to(dout.dtype) for x in dkv)
         return dq, dk, dv
 
@@ -192,7 +212,7 @@ class Ulysses:
         node = call.group.inner or call.group
         split = split_heads(len(call.work.heads), call.work.num_kv_heads, node.cp_size)
         chunks = self.num_chunks(split, device)
-        return [_Trade(call, split.chunk(i, chunks), i == 0) for i in range(chunks)]
+        return [_Trade(call, split.chunk(i, chunks)) for i in range(chunks)]
 
     def num_chunks(self, split: HeadSplit, device: torch.device) -> int:
         """In how many chunks the heads are traded."""
@@ -202,7 +222,7 @@ class Ulysses:
 class _Trade:
     """All-to-all inside a node, between tokens with all heads and heads with all tokens."""
 
-    def __init__(self, call: Call, split: HeadSplit, is_first: bool) -> None:
+    def __init__(self, call: Call, split: HeadSplit) -> None:
         group, work = call.group, call.work
         self.call = call
         self.node = group.inner or group
@@ -212,8 +232,6 @@ class _Trade:
         self.lengths = work.layout.local_seq_lens[first : first + self.node.cp_size]
         #: Whether GPUs copy to each other; heads that several ranks read are added up instead.
         self.copies = self.node.peers is not None and not split.replicated
-        #: Whether nothing is computed while tensors come.
-        self.is_first = is_first
 
     @property
     def across(self) -> Call:
@@ -226,118 +244,117 @@ class _Trade:
         share = workload(work.mask, work.node_layout(size), outer.cp_rank, heads, num_kv_heads)
         return replace(self.call, work=share, group=outer)
 
-    def qkv_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Return the node's tokens of this rank's heads."""
-        return self._to_heads([q, k, v], [self.split.q, self.split.kv, self.split.kv])
+    def prepare(self, tensors: list[Tensor]) -> Prepared:
+        """Do the part of `to_heads` that takes multiprocessors: pack what goes to others.
 
-    def dout_to_heads(self, dout: Tensor) -> Tensor:
-        """Return the node's tokens of this rank's query heads."""
-        return self._to_heads([dout], [self.split.q])[0]
-
-    def put_tokens(self, x: Tensor, target: Tensor) -> None:
-        """Put this rank's tokens of [S, own query heads, D] into [L, H, D]."""
-        if self.copies:
-            self._copy_tokens([x], [target], [self.split.q])
-            return
-        (parts,) = self._to_tokens([x], [self.split.q])
-        for part, heads in zip(parts, self.split.q, strict=True):
-            target[:, slice(*heads)] = part
-
-    def add_tokens(self, pair: list[Tensor], targets: list[Tensor]) -> None:
-        """Put, or add where several ranks read a head, [S, own heads, D] into [L, K, D]."""
-        if self.copies:
-            self._copy_tokens(pair, targets, [self.split.kv] * 2)
-            return
-        received = self._to_tokens(pair, [self.split.kv] * 2)
-        for parts, target in zip(received, targets, strict=True):
-            for part, heads in zip(parts, self.split.kv, strict=True):
-                if self.split.replicated:
-                    target[:, slice(*heads)] += part
-                else:
-                    target[:, slice(*heads)] = part
-
-    def _to_heads(self, tensors: list[Tensor], heads: list[Intervals]) -> list[Tensor]:
+        `tensors` are queries like ones, or queries, keys and values, [L, all heads, D].
+        """
+        heads = [self.split.q, self.split.kv, self.split.kv][: len(tensors)]
         node = self.node
-        order, _ = self.call.work.orders(node.cp_size, tensors[0].device)
-        streams = self._copy_heads(tensors, heads) if self.copies else []
-        for group in [] if self.copies else _messages(list(zip(tensors, heads, strict=True))):
-            outgoing = [[x[:, slice(*h[r])] for x, h in group] for r in range(node.cp_size)]
-            counts = [h[node.cp_rank][1] - h[node.cp_rank][0] for _, h in group]
-            incoming = [
-                [(length, n, x.shape[2]) for (x, _), n in zip(group, counts, strict=True)]
-                for length in self.lengths
-            ]
-            received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
-            streams += [joined([parts[i] for parts in received]) for i in range(len(group))]
-        return streams if order is None else [x.index_select(0, order) for x in streams]
-
-    def _copy_heads(self, tensors: list[Tensor], heads: list[Intervals]) -> list[Tensor]:
-        """Return the node's tokens of this rank's heads, rank after rank."""
-        node = self.node
-        streams = [
-            x.new_empty(sum(self.lengths), h[node.cp_rank][1] - h[node.cp_rank][0], x.shape[2])
-            for x, h in zip(tensors, heads, strict=True)
-        ]
         outgoing = [
             [x[:, slice(*h[r])] for x, h in zip(tensors, heads, strict=True)]
             for r in range(node.cp_size)
         ]
-        targets = list(zip(*(s.split(list(self.lengths)) for s in streams), strict=True))
-        self._copy(outgoing, targets, pack=self.is_first)
-        return streams
-
-    def _copy_tokens(
-        self, tensors: list[Tensor], targets: list[Tensor], heads: list[Intervals]
-    ) -> None:
-        """Put this rank's tokens of each [S, own heads, D] into [L, all heads, D]."""
-        _, order = self.call.work.orders(self.node.cp_size, tensors[0].device)
-        if order is not None:
-            tensors = [x.index_select(0, order) for x in tensors]
-        outgoing = list(zip(*(x.split(list(self.lengths)) for x in tensors), strict=True))
-        wanted = [
-            [x[:, slice(*h[r])] for x, h in zip(targets, heads, strict=True)]
-            for r in range(self.node.cp_size)
+        if not self.copies:
+            return Prepared(outgoing, [])
+        streams = [
+            x.new_empty(sum(self.lengths), h[node.cp_rank][1] - h[node.cp_rank][0], x.shape[2])
+            for x, h in zip(tensors, heads, strict=True)
         ]
-        self._copy(outgoing, wanted, pack=False)
+        for x, own in zip(streams, outgoing[node.cp_rank], strict=True):
+            x.split(list(self.lengths))[node.cp_rank].copy_(own)
+        outgoing = [
+            [] if r == node.cp_rank else [x.contiguous() for x in xs]
+            for r, xs in enumerate(outgoing)
+        ]
+        return Prepared(outgoing, streams)
 
-    def _copy(
-        self,
-        outgoing: Sequence[Sequence[Tensor]],
-        targets: Sequence[Sequence[Tensor]],
-        *,
-        pack: bool,
-    ) -> None:
-        x, both = outgoing[0][0], (self.split.q, self.split.kv)
-        heads = [b - a + 2 * (d - c) for (a, b), (c, d) in zip(*both, strict=True)]
-        # As much as queries, keys and values, or their gradients, in the widest type.
-        most = max(self.lengths) * max(heads) * x.shape[2] * max(x.element_size(), 4)
-        copied_all_to_all(
-            outgoing, targets, self.node, most + 3 * ALIGNMENT, ledger=self.call.ledger, pack=pack
-        )
+    def to_heads(self, prepared: Prepared) -> list[Tensor]:
+        """Return the node's tokens of this rank's heads, in stream order."""
+        node, streams = self.node, prepared.streams
+        if self.copies:
+            pieces = [x.split(list(self.lengths)) for x in streams]
+            targets = [[p[r] for p in pieces] for r in range(node.cp_size)]
+            self._copy(prepared.outgoing, targets)
+        else:
+            for which in _together(prepared.outgoing[0]):
+                outgoing = [[xs[i] for i in which] for xs in prepared.outgoing]
+                own = outgoing[node.cp_rank]
+                incoming = [[(n, *x.shape[1:]) for x in own] for n in self.lengths]
+                received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
+                streams += [joined([parts[i] for parts in received]) for i in range(len(which))]
+        order, _ = self.call.work.orders(node.cp_size, streams[0].device)
+        return streams if order is None else [x.index_select(0, order) for x in streams]
 
-    def _to_tokens(self, tensors: list[Tensor], heads: list[Intervals]) -> list[list[Tensor]]:
+    def to_tokens(self, tensors: list[Tensor], heads: list[Intervals]) -> Parts:
         """Return for each tensor [S, own heads, D] this rank's tokens, per rank's heads."""
         node = self.node
         _, order = self.call.work.orders(node.cp_size, tensors[0].device)
         if order is not None:
             tensors = [x.index_select(0, order) for x in tensors]
         length = self.lengths[node.cp_rank]
-        lists: list[list[Tensor]] = []
-        for group in _messages(list(zip(tensors, heads, strict=True))):
-            pieces = [x.split(list(self.lengths)) for x, _ in group]
-            outgoing = [[p[r] for p in pieces] for r in range(node.cp_size)]
-            incoming = [
-                [(length, h[s][1] - h[s][0], x.shape[2]) for x, h in group]
-                for s in range(node.cp_size)
+        shapes = [
+            [(length, h[s][1] - h[s][0], x.shape[2]) for x, h in zip(tensors, heads, strict=True)]
+            for s in range(node.cp_size)
+        ]
+        pieces = [x.contiguous().split(list(self.lengths)) for x in tensors]
+        outgoing = [[p[r] for p in pieces] for r in range(node.cp_size)]
+        if self.copies:
+            received = [
+                [x.new_empty(shape) for x, shape in zip(tensors, of_rank, strict=True)]
+                for of_rank in shapes
             ]
-            received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
-            lists += [[parts[i] for parts in received] for i in range(len(group))]
+            received[node.cp_rank] = outgoing[node.cp_rank]
+            self._copy(outgoing, received)
+            return [list(parts) for parts in zip(*received, strict=True)]
+        lists: Parts = []
+        for which in _together(tensors):
+            messages = [[xs[i] for i in which] for xs in outgoing]
+            incoming = [[of_rank[i] for i in which] for of_rank in shapes]
+            received = all_to_all(messages, incoming, node, ledger=self.call.ledger)
+            lists += [[parts[i] for parts in received] for i in range(len(which))]
         return lists
 
+    def place(
+        self, parts: list[Tensor], heads: Intervals, target: Tensor, *, add: bool = False
+    ) -> None:
+        """Put, or add, each rank's heads of this rank's tokens where they belong in all heads."""
+        for part, interval in zip(parts, heads, strict=True):
+            if add:
+                target[:, slice(*interval)] += part
+            else:
+                target[:, slice(*interval)] = part
 
-def _messages(traded: Traded) -> list[Traded]:
-    """Tensors that are sent together: on a CPU calls are dear, on a GPU packing is."""
-    return [[x] for x in traded] if traded[0][0].is_cuda else [traded]
+    def _copy(
+        self, outgoing: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
+    ) -> None:
+        dim = next(x.shape[2] for xs in outgoing for x in xs)
+        both = self.split.q, self.split.kv
+        heads = max(b - a + 2 * (d - c) for (a, b), (c, d) in zip(*both, strict=True))
+        # As much as queries, keys and values, or their gradients, in float32 at the most.
+        most = max(self.lengths) * heads * dim * 4 + 3 * ALIGNMENT
+        copied_all_to_all(outgoing, targets, self.node, most, ledger=self.call.ledger)
+
+
+def _arrivals(
+    trades: list[_Trade], side: SideStream, tensors: list[Tensor]
+) -> Iterator[list[Tensor]]:
+    """The heads of one chunk after the other; the next ones come while one is computed."""
+    coming = side.run(partial(trades[0].to_heads, trades[0].prepare(tensors)))
+    # While the first chunk comes. Packing would have to wait for what is computed later on.
+    prepared = [trade.prepare(tensors) for trade in trades[1:]]
+    for i in range(len(trades)):
+        here = coming
+        if i + 1 < len(trades):
+            start = side.run if i == 0 else side.run_at_once
+            coming = start(partial(trades[i + 1].to_heads, prepared[i]))
+        yield here.result()
+
+
+def _together(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Which tensors are sent together: on a CPU calls are dear, on a GPU packing is."""
+    every = list(range(len(tensors)))
+    return [[i] for i in every] if tensors[0].is_cuda else [every]
 
 
 def _expand(split: HeadSplit, cp_rank: int, device: torch.device) -> Tensor | None:

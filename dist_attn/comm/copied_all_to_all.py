@@ -1,16 +1,15 @@
-"""All-to-all between GPUs of one host by their copy engines, without packing."""
+"""All-to-all between GPUs of one host by their copy engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
-from dist_attn.peer_memory import ALIGNMENT, Lane, runtime_api
+from dist_attn.peer_memory import ALIGNMENT, Lane
 
 
 def copied_all_to_all(
@@ -20,20 +19,18 @@ def copied_all_to_all(
     message_bytes: int,
     *,
     ledger: Ledger | None = None,
-    pack: bool = False,
 ) -> None:
-    """Copy each rank's tensors, by way of its peer memory, to where it wants them.
+    """Copy to each other rank its tensors, by way of its peer memory, to where it wants them.
 
-    Everything happens on the current stream, and none of it needs a multiprocessor, if all tensors
-    are contiguous inside a row.
+    Everything happens on the current stream, and none of it needs a multiprocessor. What a rank has
+    for itself is left to the caller.
 
     Args:
-        outgoing: per receiving rank its tensors, [rows, n, D], rows at any stride.
-        targets: per sending rank where its tensors go, of the shapes that it sends.
+        outgoing: per receiving rank its tensors, contiguous.
+        targets: per sending rank where its tensors go, contiguous, of the shapes that it sends.
         group: the ranks, with peer memory.
         message_bytes: the most that one rank sends to another; the same on all ranks.
         ledger: counts what goes to other ranks.
-        pack: gather rows by a kernel before they are sent, which is quicker where nothing computes.
 
     Collective:
         Every rank of the group.
@@ -48,17 +45,13 @@ def copied_all_to_all(
         memory.write(lane.word(r, 0, me), number, stream)
     for r in others:
         memory.wait(lane.word(me, 0, r), number, stream)
-        places = _places(lane, number, r, me, outgoing[r])
-        for place, x in zip(places, outgoing[r], strict=True):
-            _copy(place, x.contiguous() if pack else x, stream)
+        for place, x in zip(_places(lane, number, r, me, outgoing[r]), outgoing[r], strict=True):
+            place.copy_(x)
         memory.write(lane.word(r, 1, me), number, stream)
-    for target, x in zip(targets[me], outgoing[me], strict=True):
-        _copy(target, x, stream)
     for r in others:
         memory.wait(lane.word(me, 1, r), number, stream)
-        places = _places(lane, number, me, r, targets[r])
-        for target, place in zip(targets[r], places, strict=True):
-            _copy(target, place, stream)
+        for x, place in zip(targets[r], _places(lane, number, me, r, targets[r]), strict=True):
+            x.copy_(place)
     if ledger is not None:
         ledger.add("all_to_all", sum(x.nbytes for r in others for x in outgoing[r]))
 
@@ -71,7 +64,8 @@ def _places(
     offset = len(slot) // len(lane.peers) // ALIGNMENT * ALIGNMENT * writer
     places = []
     for x in tensors:
-        end = offset + x.numel() * x.element_size()
+        assert x.is_contiguous(), "copy engines take contiguous tensors"
+        end = offset + x.nbytes
         assert end <= len(slot), "a message is larger than was said"
         places.append(slot[offset:end].view(x.dtype).view(x.shape))
         offset = _aligned(end)
@@ -80,25 +74,3 @@ def _places(
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _copy(target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
-    if not target.numel():
-        return
-    plain = target.is_contiguous() and source.is_contiguous()
-    if plain or not (_in_rows(target) and _in_rows(source)):
-        target.copy_(source)
-        return
-    size = target.element_size()
-    api: Any = runtime_api()
-    status, *_ = api.cudaMemcpy2DAsync(
-        target.data_ptr(), target.stride(0) * size, source.data_ptr(), source.stride(0) * size,
-        target[0].numel() * size, len(target), api.cudaMemcpyKind.cudaMemcpyDefault,
-        stream.cuda_stream,
-    )  # fmt: skip
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA refused a copy between GPUs: {status.name}")
-
-
-def _in_rows(x: Tensor) -> bool:
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
