@@ -62,7 +62,7 @@ def load_partition(
 ):  # fmt: skip
     """Fetch the keys and values of every item and the queries of its steps.
 
-    If keys and values have one place, they go out behind as many queries as the ring holds.
+    The first queries go out ahead of the keys and values, whose place may still be in use.
     """
     q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr = loads
     num_items, q_pad = sizes
@@ -86,7 +86,6 @@ def load_partition(
         )
         kv_at = turn % PLACES
         kv_phase = ((turn // PLACES) & 1) ^ 1
-        kv_step = gl.minimum(steps * LOOP, STAGES) - 1 if PLACES == 1 else turn * 0
         for i in range(steps * LOOP):
             head = kv_head * GROUP + i % LOOP + (entry >> 24)
             row = (entry & 0xFFFFFF) * 64
@@ -111,7 +110,7 @@ def load_partition(
             stats.index(stage * 2 + 1).store(delta)
             mbarrier.arrive(q_full.index(stage), count=1)
             count += 1
-            if i == kv_step:
+            if i == 0:
                 bar = kv_full.index(SIDE * PLACES + kv_at)
                 mbarrier.wait(kv_empty.index(SIDE * PLACES + kv_at), kv_phase)
                 mbarrier.expect(bar, 2 * (64 if NARROW else 128) * D * 2)
@@ -132,18 +131,29 @@ def load_partition(
 
 
 @gluon.jit
+def store_block(desc, values, view, ring, SIDE: gl.constexpr, block, kv_head, D: gl.constexpr):
+    """Send a side's result from its place for results, once what lay there has left."""
+    tma.store_wait(0)
+    view.index(SIDE).store(values)
+    hopper.fence_async_shared()
+    for panel in gl.static_range(D // 64):
+        at = ring.index(SIDE * (D // 64) + panel)
+        tma_store(desc, [block * 64, kv_head * D + panel * 64], at)
+
+
+@gluon.jit
 def compute_partition(
     tables, sizes, smem, bars,
     SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr,
     GROUP: gl.constexpr, HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     PLACES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Dk and dv of one key block of every item."""
     dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
     num_items, q_len, k_len, scale_log2, scale, interval_stride = sizes
-    q_view, do_view, k_view, v_view, k_ring, v_ring, stats, board, posted = smem
-    kv_full, kv_empty, q_full, do_full, empty, turns = bars
+    q_view, do_view, k_view, v_view, k_ring, v_ring, out_view, out_ring = smem[:8]
+    stats, board, posted = smem[8:]
+    kv_full, kv_empty, q_full, do_full, empty = bars
     PANELS: gl.constexpr = D // 64
     OWN: gl.constexpr = SIDE if NARROW else 0
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -152,8 +162,6 @@ def compute_partition(
     COL: gl.constexpr = gl.SliceLayout(0, MMA_S)
     dtype: gl.constexpr = q_view.dtype
     key_in = gl.arange(0, 64, gl.SliceLayout(1, MMA_S))
-    if TURNS:
-        mbarrier.arrive(turns.index(0), count=1, pred=SIDE == 1)
     count = 0
     turn = 0
     index = gl.program_id(0) * (2 if NARROW else 1) + OWN
@@ -197,33 +205,35 @@ def compute_partition(
             probs = gl.convert_layout(p.to(dtype), OPERAND)
             dv = hopper.warpgroup_mma(probs, do_view.index(stage), dv, is_async=True)
             dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+            if PLACES == 1:
+                # What k is multiplied with behind the last step is for nothing: it may be new.
+                mbarrier.arrive(kv_empty.index(OWN), count=1, pred=i + 1 == steps * LOOP)
             delta = stats.index(stage * 2 + 1).load(COL)
             ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
             ds = gl.convert_layout(ds, OPERAND)
-            if TURNS:
-                mbarrier.wait(turns.index(SIDE), count & 1)
             dk = hopper.warpgroup_mma(ds, q_view.index(stage), dk, is_async=True)
             count += 1
             more = i + 1 < steps * LOOP
             s = start_product(k, q_view, q_full, count, more, 64, STAGES, OWN)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - SIDE), count=1)
             dv, dk = hopper.warpgroup_mma_wait(1, deps=[dv, dk])
             mbarrier.arrive(empty.index(stage), count=1)
             s = hopper.warpgroup_mma_wait(0, deps=[s])
-        k.store((dk * scale).to(dtype))
-        v.store(dv.to(dtype))
-        hopper.fence_async_shared()
-        # A block without a partner stands twice: its copy has no entries and is not stored.
-        if NARROW | (SIDE == 0) | (block0 != block1):
-            for panel in gl.static_range(PANELS):
-                at = (kv_at * 2 + SIDE) * PANELS + panel
-                col = kv_head * D + panel * 64
-                tma_store(dk_desc, [block * 64, col], k_ring.index(at))
-                tma_store(dv_desc, [block * 64, col], v_ring.index(at))
         if PLACES == 1:
-            tma.store_wait(0)
-            mbarrier.arrive(kv_empty.index(OWN), count=1)
+            store_block(dv_desc, dv.to(dtype), out_view, out_ring, SIDE, block, kv_head, D)
+            store_block(
+                dk_desc, (dk * scale).to(dtype), out_view, out_ring, SIDE, block, kv_head, D
+            )
+        else:
+            k.store((dk * scale).to(dtype))
+            v.store(dv.to(dtype))
+            hopper.fence_async_shared()
+            # A block without a partner stands twice: its copy has no entries and is not stored.
+            if (SIDE == 0) | (block0 != block1):
+                for panel in gl.static_range(PANELS):
+                    at = (kv_at * 2 + SIDE) * PANELS + panel
+                    col = kv_head * D + panel * 64
+                    tma_store(dk_desc, [block * 64, col], k_ring.index(at))
+                    tma_store(dv_desc, [block * 64, col], v_ring.index(at))
         turn += 1
         kv_head = kv_head_
         block0 = block0_
@@ -242,7 +252,7 @@ def dkv_kernel(
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride,
     REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
     HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr, TURNS: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """Split the program into loading warps and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
@@ -261,6 +271,13 @@ def dkv_kernel(
     do_view = reinterpret(do_ring, dtype, [SLOTS, 64, D], PANEL)
     k_view = reinterpret(k_ring, dtype, [2 * PLACES, 64, D], PANEL)
     v_view = reinterpret(v_ring, dtype, [2 * PLACES, 64, D], PANEL)
+    # Results leave from the place of their keys and values, or from one of their own where these
+    # have but one.
+    out_ring = k_ring
+    out_view = k_view
+    if PLACES == 1:
+        out_ring = gl.allocate_shared_memory(dtype, [2 * PANELS, 64, 64], PANEL)
+        out_view = reinterpret(out_ring, dtype, [2, 64, D], PANEL)
     kv_full = gl.allocate_shared_memory(gl.int64, [RINGS * PLACES, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [RINGS * PLACES, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -268,11 +285,8 @@ def dkv_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     board = gl.allocate_shared_memory(gl.int32, [4 * RINGS, 1], FLAT)
     posted = gl.allocate_shared_memory(gl.int64, [4 * RINGS, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4 * RINGS):
         mbarrier.init(posted.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(RINGS * PLACES):
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=READERS)
@@ -283,7 +297,6 @@ def dkv_kernel(
         mbarrier.init(empty.index(i), count=READERS)
     hopper.fence_async_shared()
     bars = (kv_full, kv_empty, q_full, do_full, empty)
-    all_bars = (kv_full, kv_empty, q_full, do_full, empty, turns)
     loads = (
         q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr,
     )  # fmt: skip
@@ -291,18 +304,20 @@ def dkv_kernel(
     load_sizes = (num_items, q_pad)
     tables = (dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr)
     sizes = (num_items, q_len, k_len, scale_log2, scale, interval_stride)
-    smem = (q_view, do_view, k_view, v_view, k_ring, v_ring, stats, board, posted)
+    smem = (
+        q_view, do_view, k_view, v_view, k_ring, v_ring, out_view, out_ring, stats, board, posted,
+    )  # fmt: skip
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     if NARROW:
         gl.warp_specialize(
             [
-                (compute_partition, (tables, sizes, smem, all_bars, FIRST, REPEAT, TOGETHER, LOOP,
+                (compute_partition, (tables, sizes, smem, bars, FIRST, REPEAT, TOGETHER, LOOP,
                                      GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
-                                     NARROW, TURNS)),
-                (compute_partition, (tables, sizes, smem, all_bars, SECOND, REPEAT, TOGETHER, LOOP,
+                                    NARROW)),
+                (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP,
                                      GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
-                                     NARROW, TURNS)),
+                                    NARROW)),
                 (load_partition, (loads, load_sizes, rings, bars, FIRST, REPEAT, TOGETHER, LOOP,
                                   GROUP, D, STAGES, PLACES, NARROW)),
                 (load_partition, (loads, load_sizes, rings, bars, SECOND, REPEAT, TOGETHER, LOOP,
@@ -314,12 +329,12 @@ def dkv_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute_partition, (tables, sizes, smem, all_bars, FIRST, REPEAT, TOGETHER, LOOP,
+                (compute_partition, (tables, sizes, smem, bars, FIRST, REPEAT, TOGETHER, LOOP,
                                      GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
-                                     NARROW, TURNS)),
-                (compute_partition, (tables, sizes, smem, all_bars, SECOND, REPEAT, TOGETHER, LOOP,
+                                    NARROW)),
+                (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP,
                                      GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
-                                     NARROW, TURNS)),
+                                    NARROW)),
                 (load_partition, (loads, load_sizes, rings, bars, FIRST, REPEAT, TOGETHER, LOOP,
                                   GROUP, D, STAGES, PLACES, NARROW)),
             ],
@@ -358,7 +373,6 @@ def dkv_arguments(
         "PAIRS": lists.num_intervals,
         "HAS_BITS": lists.bits is not None,
         "NARROW": narrow,
-        "TURNS": False,
         "num_warps": 4,
         "maxnreg": 168,
     }

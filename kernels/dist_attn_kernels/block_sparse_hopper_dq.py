@@ -95,13 +95,12 @@ def compute_partition(
     tables, sizes, views,
     SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Dq of 64 queries of every item; the scores of step i + 1 run behind dq of step i."""
     dq_desc, lse_ptr, delta_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride = sizes
     q_view, do_view, k_view, v_view, dq_view, dq_ring, board, posted, bars = views
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     PANELS: gl.constexpr = D // 64
     WIDTH: gl.constexpr = 64 if NARROW else 128
     OWN: gl.constexpr = SIDE if NARROW else 0
@@ -113,8 +112,6 @@ def compute_partition(
     dtype: gl.constexpr = q_view.dtype
     q = q_view.index(SIDE)
     do = do_view.index(SIDE)
-    if TURNS:
-        mbarrier.arrive(turns.index(0), count=1, pred=SIDE == 1)
     count = 0
     turn = 0
     index = gl.program_id(0) * (2 if NARROW else 1) + OWN
@@ -150,13 +147,9 @@ def compute_partition(
             mbarrier.arrive(q_empty.index(SIDE), count=1, pred=i + 1 == steps)
             ds = (p * (dp - gl.expand_dims(delta, 1))).to(dtype)
             ds = gl.convert_layout(ds, OPERAND)
-            if TURNS:
-                mbarrier.wait(turns.index(SIDE), count & 1)
             acc = hopper.warpgroup_mma(ds, k_view.index(stage), acc, is_async=True)
             count += 1
             s = start_product(q, k_view, k_full, count, i + 1 < steps, WIDTH, STAGES, OWN)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - SIDE), count=1)
             acc = hopper.warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(k_empty.index(stage), count=1)
             s = hopper.warpgroup_mma_wait(0, deps=[s])
@@ -184,7 +177,6 @@ def dq_kernel(
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride,
     REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Split the program into loading warps and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
@@ -213,13 +205,11 @@ def dq_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     board = gl.allocate_shared_memory(gl.int32, [4 * RINGS, 1], FLAT)
     posted = gl.allocate_shared_memory(gl.int64, [4 * RINGS, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4 * RINGS):
         mbarrier.init(posted.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -227,10 +217,9 @@ def dq_kernel(
         mbarrier.init(v_empty.index(i), count=READERS)
     hopper.fence_async_shared()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    all_bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     tables = (dq_desc, lse_ptr, delta_ptr, rows_ptr, blocks_ptr, kinds_ptr, intervals_ptr, bits_ptr)
     sizes = (num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride)
-    views = (q_view, do_view, k_view, v_view, dq_view, dq_ring, board, posted, all_bars)
+    views = (q_view, do_view, k_view, v_view, dq_view, dq_ring, board, posted, bars)
     rings = (q_ring, do_ring, k_ring, v_ring, board, posted)
     loads = (
         q_desc, do_desc, k_desc, v_desc, rows_ptr, blocks_ptr, counter_ptr, num_items, rings, bars,
@@ -241,9 +230,9 @@ def dq_kernel(
         gl.warp_specialize(
             [
                 (compute_partition, (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES,
-                                     PAIRS, HAS_BITS, NARROW, TURNS)),
+                                     PAIRS, HAS_BITS, NARROW)),
                 (compute_partition, (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES,
-                                     PAIRS, HAS_BITS, NARROW, TURNS)),
+                                     PAIRS, HAS_BITS, NARROW)),
                 (load_partition, (loads, UPPER, REPEAT, TOGETHER, GROUP, D, STAGES, NARROW)),
                 (load_partition, (loads, LOWER, REPEAT, TOGETHER, GROUP, D, STAGES, NARROW)),
             ],
@@ -254,9 +243,9 @@ def dq_kernel(
         gl.warp_specialize(
             [
                 (compute_partition, (tables, sizes, views, UPPER, REPEAT, TOGETHER, D, STAGES,
-                                     PAIRS, HAS_BITS, NARROW, TURNS)),
+                                     PAIRS, HAS_BITS, NARROW)),
                 (compute_partition, (tables, sizes, views, LOWER, REPEAT, TOGETHER, D, STAGES,
-                                     PAIRS, HAS_BITS, NARROW, TURNS)),
+                                     PAIRS, HAS_BITS, NARROW)),
                 (load_partition, (loads, UPPER, REPEAT, TOGETHER, GROUP, D, STAGES, NARROW)),
             ],
             [4, 1],
@@ -288,7 +277,6 @@ def dq_arguments(
         "PAIRS": lists.num_intervals,
         "HAS_BITS": lists.bits is not None,
         "NARROW": lists.narrow is not None,
-        "TURNS": False,
         "num_warps": 4,
         "maxnreg": 168,
     }

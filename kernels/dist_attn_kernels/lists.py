@@ -330,7 +330,8 @@ def _narrow(
     cols, order = _items(heads // heads_per_kv * num_k + k_blocks, position, kinds)
     item, block = cols[0] // num_k, cols[0] % num_k
     col_table = torch.stack([item, block, block, *cols[1:]], 1)
-    col_order = _longest_first(item // HEADS_TOGETHER, cols[2])
+    # A head at a time: its columns are alike, and L2 then holds the queries that they read.
+    col_order = _longest_first(item, cols[2])
     entries = q_blocks[order] | heads[order] % heads_per_kv << HEAD_SHIFT
     col_kinds = kinds[order][kinds[order] != FULL]
     tables = [
