@@ -143,3 +143,27 @@ def test_results_and_gradients_repeat(name: str, backend: str) -> None:
         grads = block_sparse_backward(dout, (q, k, v), out, lse, lists, backend=backend)
         runs.append((out, lse, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["s2", "random"])
+def test_memory_is_that_of_the_results(name: str) -> None:
+    """Beside results the backward holds delta, and lse and delta padded to whole blocks."""
+    length, heads, dim = 4096, 8, 128
+    tiles = cases.named_tiles(name, length, heads)
+    lists = build_lists(on_gpu(tiles))
+    q, k, v, dout, _ = cases.qkv(tiles, heads, heads, dim, torch.bfloat16, "cuda")
+    if why_not_hopper(q):
+        pytest.skip("the Hopper kernels do not apply")
+
+    def run() -> None:
+        out, lse = block_sparse_forward(q, k, v, lists)
+        block_sparse_backward(dout, (q, k, v), out, lse, lists)
+
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    results = 4 * q.nbytes + 4 * heads * length
+    extra = 3 * 4 * heads * length
+    assert torch.cuda.max_memory_allocated() - before <= results + extra + 2**16
+    assert lists.nbytes < 2 * 64 * lists.num_tiles
