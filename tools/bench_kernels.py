@@ -352,11 +352,30 @@ def describe() -> dict[str, str]:
     }
 
 
+def tried(name: str, peer: str) -> dict[str, Any]:
+    """A row, or what went wrong; printed either way."""
+    try:
+        row = measure(name, peer)
+    except Exception as problem:
+        row = {"case": name, "peer": peer, "problem": f"{type(problem).__name__}: {problem}"[:300]}
+    torch.cuda.empty_cache()
+    said = row.get("problem", f"RED: error {row.get('error')}")
+    if "forward_ms" in row:
+        said = (
+            f"{row['density']:8.4f} {row.get('error', 0):8.1e} "
+            f"{row['forward_ms']:8.2f} {row['forward_tflops']:6.0f} "
+            f"{row['backward_ms']:8.2f} {row['backward_tflops']:6.0f} {row.get('lists_ms', 0):6.1f}"
+        )
+    print(f"{name:18} {peer:12} {said}", flush=True)
+    return row
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES)[:9], choices=list(CASES))
     parser.add_argument("--peers", nargs="+", default=["hopper", "triton"], choices=list(PEERS))
+    parser.add_argument("--also", nargs="+", default=[], metavar="CASE:PEER", help="pairs beside")
     parser.add_argument("--json", help="write every figure here")
     args = parser.parse_args()
     about, rows = describe(), []
@@ -365,35 +384,12 @@ def main() -> None:
         f"{'case':18} {'peer':12} {'density':>8} {'error':>8} "
         f"{'fwd ms':>8} {'TF/s':>6} {'bwd ms':>8} {'TF/s':>6} {'lists':>6}"
     )
-    for name in args.cases:
-        for peer in args.peers:
-            try:
-                row = measure(name, peer)
-            except Exception as problem:
-                row = {
-                    "case": name,
-                    "peer": peer,
-                    "problem": f"{type(problem).__name__}: {problem}"[:300],
-                }
-            rows.append(row)
-            torch.cuda.empty_cache()
-            if "forward_ms" in row:
-                print(
-                    f"{name:18} {peer:12} {row['density']:8.4f} {row.get('error', 0):8.1e} "
-                    f"{row['forward_ms']:8.2f} {row['forward_tflops']:6.0f} "
-                    f"{row['backward_ms']:8.2f} {row['backward_tflops']:6.0f} "
-                    f"{row.get('lists_ms', float('nan')):6.1f}",
-                    flush=True,
-                )
-            else:
-                print(
-                    f"{name:18} {peer:12} "
-                    f"{row.get('problem', 'RED: error ' + str(row.get('error')))}",
-                    flush=True,
-                )
-            if args.json:
-                with open(args.json, "w", encoding="utf-8") as file:
-                    json.dump({"about": about, "rows": rows}, file, indent=1)
+    pairs = [(name, peer) for name in args.cases for peer in args.peers]
+    for name, peer in pairs + [tuple(pair.split(":")) for pair in args.also]:
+        rows.append(tried(name, peer))
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"about": about, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
