@@ -117,8 +117,8 @@ class CudaBackend:
     #: head dimension 128: plans for forward and backward 150 ms; 345 / 290 TFLOP/s by flash
     #: attention, 660 / 560 by cuDNN; so 5e10 scores, there and back.
     plan_scores = 2**36
-    #: Scores of one call after which its lists have paid for themselves. Measured as above: lists of
-    #: documents of 64k tokens 10 ms; 335 / 296 TFLOP/s by flash attention, 588 / 442 by lists.
+    #: Scores of one call after which its lists have paid for themselves. Measured likewise: lists
+    #: of documents in 64k tokens 10 ms; 335 / 296 TFLOP/s by flash attention, 588 / 442 by lists.
     list_scores = 2**32
     #: Scores of a head up to which lists are built: they grow like these, 2 bytes for a thousand.
     max_list_scores = 2**31
