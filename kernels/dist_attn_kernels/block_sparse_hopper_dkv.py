@@ -4,6 +4,9 @@ A program owns two key blocks of 64, one a warpgroup and not necessarily neighbo
 query blocks that read them. Scores are computed transposed, keys by queries, so that probabilities
 and their gradients are operands of dv and dk right in the registers in which they arise: the
 warpgroups exchange nothing. The scores of a step run behind dk and dv of the step before.
+
+NARROW: each warpgroup takes items of its own, one key block, with a ring and a loading warp of its
+own; shared memory then holds keys and values once, and results leave from a place of their own.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

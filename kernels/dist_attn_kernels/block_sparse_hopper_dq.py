@@ -1,4 +1,7 @@
-"""Query gradients for Hopper in Gluon: the shape of the forward, three products a step."""
+"""Query gradients for Hopper in Gluon: the shape of the forward, three products a step.
+
+NARROW, as in the forward: items of 64 queries, a ring and a loading warp for each warpgroup.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # ruff: noqa: PLR0917 - a kernel takes its pointers by position.
@@ -103,6 +106,7 @@ def compute_partition(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     PANELS: gl.constexpr = D // 64
     WIDTH: gl.constexpr = 64 if NARROW else 128
+    # Whose items, rings and barriers: its own, or the first ones, which both sides share.
     OWN: gl.constexpr = SIDE if NARROW else 0
     PART: gl.constexpr = 0 if NARROW else SIDE
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
