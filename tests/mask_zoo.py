@@ -46,6 +46,7 @@ def zoo() -> dict[str, Mask]:
         "anchor documents": p.anchor_documents(CU, 2),
         "streaming heads": p.streaming_heads(NUM_HEADS, [0, 2], 11, 4),
         "window per head": p.window_per_head([3, 7, 15, 90]),
+        "growing windows": p.growing_windows(SEQ_LEN, [(3, 0.0), (7, 0.1), (2, 0.5), (1, 1.0)], 2),
         "listed blocks": _random_blocks(),
         "listed blocks, causal": _random_blocks() & Causal(),
         "predicate": Predicate(lambda q, k, h: (q * 7 + k * 3 + h) % 5 < 2, Window(40, 0)),

@@ -14,6 +14,7 @@ import math
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,15 @@ def rel(got: Tensor, exact: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def lists_ms(case: Case) -> float:
+    """Milliseconds from a rule to the kernels' tables, on the device."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    build_lists(case.make())
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def time_ms(fn: Callable[[], Any]) -> float:
     """Median of repeated runs, by device events."""
     return float(triton.testing.do_bench(fn, warmup=30, rep=150, return_mode="median"))
@@ -185,22 +195,12 @@ def ours(backend: str) -> Peer:
     def prepare(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
         q, k, v, dout = inputs
         lists = build_lists(tiles)
-        out, lse = block_sparse_forward(q, k, v, lists, backend=backend)  # type: ignore[arg-type]
-
-        def backward() -> Any:
-            return block_sparse_backward(
-                dout,
-                (q, k, v),
-                out,
-                lse,
-                lists,
-                backend=backend,  # type: ignore[arg-type]
-            )
-
-        def forward() -> Any:
-            return block_sparse_forward(q, k, v, lists, backend=backend)  # type: ignore[arg-type]
-
-        return forward, backward
+        how: Any = {"backend": backend}
+        out, lse = block_sparse_forward(q, k, v, lists, **how)
+        return (
+            lambda: block_sparse_forward(q, k, v, lists, **how),
+            lambda: block_sparse_backward(dout, (q, k, v), out, lse, lists, **how),
+        )
 
     return prepare
 
@@ -270,10 +270,35 @@ def sdpa(backend: str) -> Peer:
     return prepare
 
 
+def flash_packed(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
+    """torch's packed flash attention, for masks of causal documents."""
+    from dist_attn_kernels.dense import FlashBackend, Saved, Segments
+
+    q, k, v, dout = inputs
+    segments, flash = Segments(cu := documents(tiles), cu, True), FlashBackend()
+    scale = q.shape[2] ** -0.5
+    out, lse = flash.forward(q, k, v, segments, scale)
+    saved = Saved(dout, q, k, v, out, lse)
+    return (
+        lambda: flash.forward(q, k, v, segments, scale),
+        lambda: flash.backward(saved, segments, scale, False),
+    )
+
+
+def documents(tiles: Tiles) -> tuple[int, ...]:
+    """Boundaries of the causal documents that a mask consists of."""
+    assert tiles.intervals is not None
+    low, high = tiles.intervals[0, :2].cpu()
+    if not torch.equal(high, torch.arange(1, tiles.q_len + 1, dtype=high.dtype)):
+        raise ValueError("packed flash attention takes masks of causal documents only")
+    return (*torch.unique(low).tolist(), tiles.q_len)
+
+
 PEERS: dict[str, Peer] = {
     "hopper": ours("hopper"),
     "triton": ours("triton"),
     "flex": flex,
+    "fa2-packed": flash_packed,
     "fa2-dense": sdpa("fa2"),
     "cudnn-dense": sdpa("cudnn"),
 }
@@ -293,6 +318,8 @@ def measure(name: str, peer: str) -> dict[str, Any]:
     flops = 4 * case.head_dim * kept
     forward, backward = PEERS[peer](tiles, inputs, case)
     row: dict[str, Any] = {"case": name, "peer": peer, "density": None, "kept": kept}
+    if peer == "hopper":
+        row["lists_ms"] = min(lists_ms(case) for _ in range(3))
     row["density"] = kept / (case.heads * tiles.q_len * (tiles.q_len + 1) / 2)
     if not peer.endswith("dense"):
         out, lse = forward()
@@ -325,47 +352,44 @@ def describe() -> dict[str, str]:
     }
 
 
+def tried(name: str, peer: str) -> dict[str, Any]:
+    """A row, or what went wrong; printed either way."""
+    try:
+        row = measure(name, peer)
+    except Exception as problem:
+        row = {"case": name, "peer": peer, "problem": f"{type(problem).__name__}: {problem}"[:300]}
+    torch.cuda.empty_cache()
+    said = row.get("problem", f"RED: error {row.get('error')}")
+    if "forward_ms" in row:
+        said = (
+            f"{row['density']:8.4f} {row.get('error', 0):8.1e} "
+            f"{row['forward_ms']:8.2f} {row['forward_tflops']:6.0f} "
+            f"{row['backward_ms']:8.2f} {row['backward_tflops']:6.0f} {row.get('lists_ms', 0):6.1f}"
+        )
+    print(f"{name:18} {peer:12} {said}", flush=True)
+    return row
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES)[:9], choices=list(CASES))
     parser.add_argument("--peers", nargs="+", default=["hopper", "triton"], choices=list(PEERS))
+    parser.add_argument("--also", nargs="+", default=[], metavar="CASE:PEER", help="pairs beside")
     parser.add_argument("--json", help="write every figure here")
     args = parser.parse_args()
     about, rows = describe(), []
     print(about)
     print(
         f"{'case':18} {'peer':12} {'density':>8} {'error':>8} "
-        f"{'fwd ms':>8} {'TF/s':>6} {'bwd ms':>8} {'TF/s':>6}"
+        f"{'fwd ms':>8} {'TF/s':>6} {'bwd ms':>8} {'TF/s':>6} {'lists':>6}"
     )
-    for name in args.cases:
-        for peer in args.peers:
-            try:
-                row = measure(name, peer)
-            except Exception as problem:
-                row = {
-                    "case": name,
-                    "peer": peer,
-                    "problem": f"{type(problem).__name__}: {problem}"[:300],
-                }
-            rows.append(row)
-            torch.cuda.empty_cache()
-            if "forward_ms" in row:
-                print(
-                    f"{name:18} {peer:12} {row['density']:8.4f} {row.get('error', 0):8.1e} "
-                    f"{row['forward_ms']:8.2f} {row['forward_tflops']:6.0f} "
-                    f"{row['backward_ms']:8.2f} {row['backward_tflops']:6.0f}",
-                    flush=True,
-                )
-            else:
-                print(
-                    f"{name:18} {peer:12} "
-                    f"{row.get('problem', 'RED: error ' + str(row.get('error')))}",
-                    flush=True,
-                )
-            if args.json:
-                with open(args.json, "w", encoding="utf-8") as file:
-                    json.dump({"about": about, "rows": rows}, file, indent=1)
+    pairs = [(name, peer) for name in args.cases for peer in args.peers]
+    for name, peer in pairs + [tuple(pair.split(":")) for pair in args.also]:
+        rows.append(tried(name, peer))
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"about": about, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

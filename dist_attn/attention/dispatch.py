@@ -86,8 +86,8 @@ def explain_kernel(
     if dense_form(mask, seq_len) is not None:
         choice = choose_backend(device, dtype, head_dim)
         refused = [f"{name} {reason}" for name, reason in choice.refused.items()]
-        cudnn = getattr(choice.backend, "cudnn_refusal", None)
-        refused += [f"cudnn: {cudnn}"] if cudnn else []
+        among = getattr(choice.backend, "refused", {})
+        refused += [f"in it {name} {reason}" for name, reason in among.items()]
         return f"dense kernels '{choice.backend.name}'" + _because(refused)
     reason = why_not_block_sparse(device, dtype, head_dim)
     if reason is None:

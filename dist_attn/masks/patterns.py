@@ -168,3 +168,14 @@ def streaming_heads(num_heads: int, full_heads: Sequence[int], window: int, sink
 def window_per_head(windows: Sequence[int], num_sinks: int = 0) -> Mask:
     """A causal window of its own length for each head. Source: MoA (arXiv 2406.14909)."""
     return PerHead(tuple(sliding_window(w, num_sinks) for w in windows))
+
+
+def growing_windows(seq_len: int, spans: Sequence[tuple[int, float]], num_sinks: int = 0) -> Mask:
+    """A causal window for each head that grows with the stream: `base + growth * seq_len` tokens.
+
+    Source: MoA (arXiv 2406.14909), elastic rules: a head's span is linear in the input's length.
+    """
+    windows = [base + round(growth * seq_len) for base, growth in spans]
+    if min(windows, default=0) < 1:
+        raise PlanError(f"a window holds one token at least, got {windows} of spans {list(spans)}")
+    return window_per_head(windows, num_sinks)

@@ -4,6 +4,9 @@ A program owns two key blocks of 64, one a warpgroup and not necessarily neighbo
 query blocks that read them. Scores are computed transposed, keys by queries, so that probabilities
 and their gradients are operands of dv and dk right in the registers in which they arise: the
 warpgroups exchange nothing. The scores of a step run behind dk and dv of the step before.
+
+NARROW: each warpgroup takes items of its own, one key block, with a ring and a loading warp of its
+own; shared memory then holds keys and values once, and results leave from a place of their own.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -56,10 +59,14 @@ def load_column(cols_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.c
 @gluon.jit
 def load_partition(
     loads, sizes, rings, bars,
-    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+    NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the keys and values of every item and the queries of its steps."""
+    """Fetch the keys and values of every item and the queries of its steps.
+
+    The first queries go out ahead of the keys and values, whose place may still be in use.
+    """
     q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr = loads
     num_items, q_pad = sizes
     q_ring, do_ring, k_ring, v_ring, stats, board, posted = rings
@@ -67,29 +74,21 @@ def load_partition(
     PANELS: gl.constexpr = D // 64
     FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     offsets = gl.arange(0, 64, FLAT)
+    WALKERS: gl.constexpr = 2 if NARROW else 1
     count = 0
     turn = 0
-    index = gl.program_id(0)
+    index = gl.program_id(0) * WALKERS + SIDE
     kv_head, block0, block1, first, steps, _, _ = load_column(
         cols_ptr, index, num_items, REPEAT, TOGETHER
     )
     entry = gl.load(entries_ptr + first)
     while index < num_items:
-        half = turn & 1
-        index = post_item(counter_ptr, board, posted, turn)
-        turn += 1
+        index = post_item(counter_ptr, board, posted, turn, WALKERS, SIDE)
         kv_head_, block0_, block1_, first_, steps_, _, _ = load_column(
             cols_ptr, index, num_items, REPEAT, TOGETHER
         )
-        mbarrier.wait(kv_empty.index(half), (((turn - 1) >> 1) & 1) ^ 1)
-        mbarrier.expect(kv_full.index(half), 2 * 128 * D * 2)
-        for p in gl.static_range(PANELS):
-            col = kv_head * D + p * 64
-            at = half * 2 * PANELS + p
-            tma_load(k_desc, [block0 * 64, col], kv_full.index(half), k_ring.index(at))
-            tma_load(k_desc, [block1 * 64, col], kv_full.index(half), k_ring.index(at + PANELS))
-            tma_load(v_desc, [block0 * 64, col], kv_full.index(half), v_ring.index(at))
-            tma_load(v_desc, [block1 * 64, col], kv_full.index(half), v_ring.index(at + PANELS))
+        kv_at = turn % PLACES
+        kv_phase = ((turn // PLACES) & 1) ^ 1
         for i in range(steps * LOOP):
             head = kv_head * GROUP + i % LOOP + (entry >> 24)
             row = (entry & 0xFFFFFF) * 64
@@ -100,7 +99,7 @@ def load_partition(
             entry = gl.load(
                 entries_ptr + gl.where(i + 1 < steps * LOOP, first + (i + 1) // LOOP, first_)
             )
-            stage = count % STAGES
+            stage = SIDE * STAGES + count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(stage), 64 * D * 2)
             for p in gl.static_range(PANELS):
@@ -114,6 +113,19 @@ def load_partition(
             stats.index(stage * 2 + 1).store(delta)
             mbarrier.arrive(q_full.index(stage), count=1)
             count += 1
+            if i == 0:
+                bar = kv_full.index(SIDE * PLACES + kv_at)
+                mbarrier.wait(kv_empty.index(SIDE * PLACES + kv_at), kv_phase)
+                mbarrier.expect(bar, 2 * (64 if NARROW else 128) * D * 2)
+                for p in gl.static_range(PANELS):
+                    col = kv_head * D + p * 64
+                    at = (kv_at * 2 + SIDE) * PANELS + p
+                    tma_load(k_desc, [block0 * 64, col], bar, k_ring.index(at))
+                    tma_load(v_desc, [block0 * 64, col], bar, v_ring.index(at))
+                    if not NARROW:
+                        tma_load(k_desc, [block1 * 64, col], bar, k_ring.index(at + PANELS))
+                        tma_load(v_desc, [block1 * 64, col], bar, v_ring.index(at + PANELS))
+        turn += 1
         kv_head = kv_head_
         block0 = block0_
         block1 = block1_
@@ -122,18 +134,31 @@ def load_partition(
 
 
 @gluon.jit
+def store_block(desc, values, view, ring, SIDE: gl.constexpr, block, kv_head, D: gl.constexpr):
+    """Send a side's result from its place for results, once what lay there has left."""
+    tma.store_wait(0)
+    view.index(SIDE).store(values)
+    hopper.fence_async_shared()
+    for panel in gl.static_range(D // 64):
+        at = ring.index(SIDE * (D // 64) + panel)
+        tma_store(desc, [block * 64, kv_head * D + panel * 64], at)
+
+
+@gluon.jit
 def compute_partition(
     tables, sizes, smem, bars,
     SIDE: gl.constexpr, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr,
     GROUP: gl.constexpr, HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    PLACES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """Dk and dv of one key block of every item."""
     dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr = tables
     num_items, q_len, k_len, scale_log2, scale, interval_stride = sizes
-    q_view, do_view, k_view, v_view, k_ring, v_ring, stats, board, posted = smem
+    q_view, do_view, k_view, v_view, k_ring, v_ring, out_view, out_ring = smem[:8]
+    stats, board, posted = smem[8:]
     kv_full, kv_empty, q_full, do_full, empty = bars
     PANELS: gl.constexpr = D // 64
+    OWN: gl.constexpr = SIDE if NARROW else 0
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA_D, 2)
@@ -142,28 +167,31 @@ def compute_partition(
     key_in = gl.arange(0, 64, gl.SliceLayout(1, MMA_S))
     count = 0
     turn = 0
-    index = gl.program_id(0)
+    index = gl.program_id(0) * (2 if NARROW else 1) + OWN
     kv_head, block0, block1, first, steps, first_kind, masked = load_column(
         cols_ptr, index, num_items, REPEAT, TOGETHER
     )
     while index < num_items:
-        half = turn & 1
-        index = read_item(board, posted, turn)
-        turn += 1
+        kv_at = turn % PLACES
+        index = read_item(board, posted, turn, OWN)
         kv_head_, block0_, block1_, first_, steps_, first_kind_, masked_ = load_column(
             cols_ptr, index, num_items, REPEAT, TOGETHER
         )
-        k = k_view.index(half * 2 + SIDE)
-        v = v_view.index(half * 2 + SIDE)
+        k = k_view.index(kv_at * 2 + SIDE)
+        v = v_view.index(kv_at * 2 + SIDE)
         block = block1 if SIDE else block0
         dk = gl.zeros([64, D], gl.float32, MMA_D)
         dv = gl.zeros([64, D], gl.float32, MMA_D)
-        mbarrier.wait(kv_full.index(half), ((turn - 1) >> 1) & 1)
-        s = start_product(k, q_view, q_full, count, True, 64, STAGES)
+        mbarrier.wait(kv_full.index(OWN * PLACES + kv_at), (turn // PLACES) & 1)
+        s = start_product(k, q_view, q_full, count, True, 64, STAGES, OWN)
         s = hopper.warpgroup_mma_wait(0, deps=[s])
+        if PLACES == 2:
+            # The item before left from the other place, which is free once TMA has read it.
+            tma.store_wait(0)
+            mbarrier.arrive(kv_empty.index(OWN * 2 + (kv_at ^ 1)), count=1, pred=turn > 0)
         for i in range(steps * LOOP):
-            stage = count % STAGES
-            dp = start_product(v, do_view, do_full, count, True, 64, STAGES)
+            stage = OWN * STAGES + count % STAGES
+            dp = start_product(v, do_view, do_full, count, True, 64, STAGES, OWN)
             lse = stats.index(stage * 2).load(COL)
             p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
             if i < masked * LOOP:
@@ -180,29 +208,36 @@ def compute_partition(
             probs = gl.convert_layout(p.to(dtype), OPERAND)
             dv = hopper.warpgroup_mma(probs, do_view.index(stage), dv, is_async=True)
             dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+            if PLACES == 1:
+                # What k is multiplied with behind the last step is for nothing: it may be new.
+                mbarrier.arrive(kv_empty.index(OWN), count=1, pred=i + 1 == steps * LOOP)
             delta = stats.index(stage * 2 + 1).load(COL)
             ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
             ds = gl.convert_layout(ds, OPERAND)
             dk = hopper.warpgroup_mma(ds, q_view.index(stage), dk, is_async=True)
             count += 1
             more = i + 1 < steps * LOOP
-            s = start_product(k, q_view, q_full, count, more, 64, STAGES)
+            s = start_product(k, q_view, q_full, count, more, 64, STAGES, OWN)
             dv, dk = hopper.warpgroup_mma_wait(1, deps=[dv, dk])
             mbarrier.arrive(empty.index(stage), count=1)
             s = hopper.warpgroup_mma_wait(0, deps=[s])
-        # The item before left from its keys' and values' place, which is free once TMA has read it.
-        tma.store_wait(0)
-        mbarrier.arrive(kv_empty.index(half ^ 1), count=1, pred=turn > 1)
-        k.store((dk * scale).to(dtype))
-        v.store(dv.to(dtype))
-        hopper.fence_async_shared()
-        # A block without a partner stands twice: its copy has no entries and is not stored.
-        if (SIDE == 0) | (block0 != block1):
-            for panel in gl.static_range(PANELS):
-                at = (half * 2 + SIDE) * PANELS + panel
-                col = kv_head * D + panel * 64
-                tma_store(dk_desc, [block * 64, col], k_ring.index(at))
-                tma_store(dv_desc, [block * 64, col], v_ring.index(at))
+        if PLACES == 1:
+            store_block(dv_desc, dv.to(dtype), out_view, out_ring, SIDE, block, kv_head, D)
+            store_block(
+                dk_desc, (dk * scale).to(dtype), out_view, out_ring, SIDE, block, kv_head, D
+            )
+        else:
+            k.store((dk * scale).to(dtype))
+            v.store(dv.to(dtype))
+            hopper.fence_async_shared()
+            # A block without a partner stands twice: its copy has no entries and is not stored.
+            if (SIDE == 0) | (block0 != block1):
+                for panel in gl.static_range(PANELS):
+                    at = (kv_at * 2 + SIDE) * PANELS + panel
+                    col = kv_head * D + panel * 64
+                    tma_store(dk_desc, [block * 64, col], k_ring.index(at))
+                    tma_store(dv_desc, [block * 64, col], v_ring.index(at))
+        turn += 1
         kv_head = kv_head_
         block0 = block0_
         block1 = block1_
@@ -219,72 +254,96 @@ def dkv_kernel(
     cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr, counter_ptr,
     num_items, q_len, k_len, q_pad, scale_log2, scale, interval_stride,
     REPEAT: gl.constexpr, TOGETHER: gl.constexpr, LOOP: gl.constexpr, GROUP: gl.constexpr,
-    HEADS_PER_MASK: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr,
+    HEADS_PER_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+    PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Split the program into the loading warp and the two computing warpgroups."""
+    """Split the program into loading warps and the two computing warpgroups."""
     PANELS: gl.constexpr = D // 64
+    RINGS: gl.constexpr = 2 if NARROW else 1
+    READERS: gl.constexpr = 1 if NARROW else 2
+    SLOTS: gl.constexpr = RINGS * STAGES
     PANEL: gl.constexpr = q_desc.layout
     dtype: gl.constexpr = q_desc.dtype
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES * PANELS, 64, 64], PANEL)
-    do_ring = gl.allocate_shared_memory(dtype, [STAGES * PANELS, 64, 64], PANEL)
-    k_ring = gl.allocate_shared_memory(dtype, [4 * PANELS, 64, 64], PANEL)
-    v_ring = gl.allocate_shared_memory(dtype, [4 * PANELS, 64, 64], PANEL)
+    q_ring = gl.allocate_shared_memory(dtype, [SLOTS * PANELS, 64, 64], PANEL)
+    do_ring = gl.allocate_shared_memory(dtype, [SLOTS * PANELS, 64, 64], PANEL)
+    k_ring = gl.allocate_shared_memory(dtype, [2 * PLACES * PANELS, 64, 64], PANEL)
+    v_ring = gl.allocate_shared_memory(dtype, [2 * PLACES * PANELS, 64, 64], PANEL)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    stats = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 64], FLAT)
-    q_view = reinterpret(q_ring, dtype, [STAGES, 64, D], PANEL)
-    do_view = reinterpret(do_ring, dtype, [STAGES, 64, D], PANEL)
-    k_view = reinterpret(k_ring, dtype, [4, 64, D], PANEL)
-    v_view = reinterpret(v_ring, dtype, [4, 64, D], PANEL)
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    board = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    posted = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
+    stats = gl.allocate_shared_memory(gl.float32, [SLOTS * 2, 64], FLAT)
+    q_view = reinterpret(q_ring, dtype, [SLOTS, 64, D], PANEL)
+    do_view = reinterpret(do_ring, dtype, [SLOTS, 64, D], PANEL)
+    k_view = reinterpret(k_ring, dtype, [2 * PLACES, 64, D], PANEL)
+    v_view = reinterpret(v_ring, dtype, [2 * PLACES, 64, D], PANEL)
+    # Results leave from the place of their keys and values, or from one of their own where these
+    # have but one.
+    out_ring = k_ring
+    out_view = k_view
+    if PLACES == 1:
+        out_ring = gl.allocate_shared_memory(dtype, [2 * PANELS, 64, 64], PANEL)
+        out_view = reinterpret(out_ring, dtype, [2, 64, D], PANEL)
+    kv_full = gl.allocate_shared_memory(gl.int64, [RINGS * PLACES, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [RINGS * PLACES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    board = gl.allocate_shared_memory(gl.int32, [4 * RINGS, 1], FLAT)
+    posted = gl.allocate_shared_memory(gl.int64, [4 * RINGS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4 * RINGS):
         mbarrier.init(posted.index(i), count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range(RINGS * PLACES):
         mbarrier.init(kv_full.index(i), count=1)
-        mbarrier.init(kv_empty.index(i), count=2)
-    for i in gl.static_range(STAGES):
+        mbarrier.init(kv_empty.index(i), count=READERS)
+    for i in gl.static_range(SLOTS):
         # The loading warp arrives twice: for the bytes of q, and for lse and delta that it stores.
         mbarrier.init(q_full.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=READERS)
     hopper.fence_async_shared()
     bars = (kv_full, kv_empty, q_full, do_full, empty)
     loads = (
-        q_desc,
-        k_desc,
-        v_desc,
-        do_desc,
-        lse_ptr,
-        delta_ptr,
-        cols_ptr,
-        entries_ptr,
-        counter_ptr,
-    )
+        q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, cols_ptr, entries_ptr, counter_ptr,
+    )  # fmt: skip
     rings = (q_ring, do_ring, k_ring, v_ring, stats, board, posted)
     load_sizes = (num_items, q_pad)
     tables = (dk_desc, dv_desc, cols_ptr, entries_ptr, kinds_ptr, intervals_ptr, bits_ptr)
     sizes = (num_items, q_len, k_len, scale_log2, scale, interval_stride)
-    smem = (q_view, do_view, k_view, v_view, k_ring, v_ring, stats, board, posted)
+    smem = (
+        q_view, do_view, k_view, v_view, k_ring, v_ring, out_view, out_ring, stats, board, posted,
+    )  # fmt: skip
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    gl.warp_specialize(
-        [
-            (compute_partition, (tables, sizes, smem, bars, FIRST, REPEAT, TOGETHER, LOOP, GROUP,
-                                 HEADS_PER_MASK, D, STAGES, PAIRS, HAS_BITS)),
-            (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP, GROUP,
-                                 HEADS_PER_MASK, D, STAGES, PAIRS, HAS_BITS)),
-            (load_partition, (loads, load_sizes, rings, bars, REPEAT, TOGETHER, LOOP, GROUP, D,
-                              STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if NARROW:
+        gl.warp_specialize(
+            [
+                (compute_partition, (tables, sizes, smem, bars, FIRST, REPEAT, TOGETHER, LOOP,
+                                     GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
+                                    NARROW)),
+                (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP,
+                                     GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
+                                    NARROW)),
+                (load_partition, (loads, load_sizes, rings, bars, FIRST, REPEAT, TOGETHER, LOOP,
+                                  GROUP, D, STAGES, PLACES, NARROW)),
+                (load_partition, (loads, load_sizes, rings, bars, SECOND, REPEAT, TOGETHER, LOOP,
+                                  GROUP, D, STAGES, PLACES, NARROW)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (compute_partition, (tables, sizes, smem, bars, FIRST, REPEAT, TOGETHER, LOOP,
+                                     GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
+                                    NARROW)),
+                (compute_partition, (tables, sizes, smem, bars, SECOND, REPEAT, TOGETHER, LOOP,
+                                     GROUP, HEADS_PER_MASK, D, STAGES, PLACES, PAIRS, HAS_BITS,
+                                    NARROW)),
+                (load_partition, (loads, load_sizes, rings, bars, FIRST, REPEAT, TOGETHER, LOOP,
+                                  GROUP, D, STAGES, PLACES, NARROW)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 def dkv_arguments(
@@ -296,11 +355,13 @@ def dkv_arguments(
     per_query_head = lists.num_mask_heads != lists.num_mask_kv_heads
     group = q.shape[1] // k.shape[1]
     repeat = k.shape[1] // lists.num_mask_kv_heads
+    cols, col_entries, col_kinds = lists.walked_cols
+    narrow = lists.narrow is not None
     args = (
         panels(q), panels(k), panels(v), panels(dout), panels(dk), panels(dv), lse, delta,
-        lists.cols, lists.col_entries, lists.col_kinds, lists.intervals, bits,
+        cols, col_entries, col_kinds, lists.intervals, bits,
         torch.zeros(1, dtype=torch.int32, device=q.device),
-        lists.cols.shape[0] * repeat, lists.q_len, lists.k_len, lse.shape[1], scale * LOG2_E, scale,
+        cols.shape[0] * repeat, lists.q_len, lists.k_len, lse.shape[1], scale * LOG2_E, scale,
         lists.intervals.stride(0) if lists.intervals.shape[0] > 1 else 0,
     )  # fmt: skip
     names = {
@@ -310,9 +371,11 @@ def dkv_arguments(
         "GROUP": group,
         "HEADS_PER_MASK": q.shape[1] // lists.num_mask_heads,
         "D": q.shape[2],
-        "STAGES": 3 if q.shape[2] == 128 else 4,
+        "STAGES": (2 if narrow else 3) * (128 // q.shape[2]),
+        "PLACES": 1 if narrow else 2,
         "PAIRS": lists.num_intervals,
         "HAS_BITS": lists.bits is not None,
+        "NARROW": narrow,
         "num_warps": 4,
         "maxnreg": 168,
     }

@@ -56,25 +56,29 @@ def score_mask(
 
 
 @gluon.jit
-def post_item(counter_ptr, board, posted, turn):
-    """Draw the program's next item and post it for the computing warpgroups.
+def post_item(counter_ptr, board, posted, turn, WALKERS: gl.constexpr, SIDE: gl.constexpr):
+    """Draw the next item and post it for the computing warpgroups.
+
+    WALKERS sides of a program walk items of their own, SIDE is one of them; 1 if both walk one.
 
     It is drawn one item ahead of use. The board has four places and needs no answer: the loads of
     an item wait for the item two before it, so that no place is written before it was read.
     """
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    index = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-    board.index(turn % 4).store(gl.full([1], 0, gl.int32, FLAT) + index)
-    mbarrier.arrive(posted.index(turn % 4), count=1)
+    index = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0) * WALKERS
+    place = SIDE * 4 + turn % 4
+    board.index(place).store(gl.full([1], 0, gl.int32, FLAT) + index)
+    mbarrier.arrive(posted.index(place), count=1)
     return index
 
 
 @gluon.jit
-def read_item(board, posted, turn):
+def read_item(board, posted, turn, SIDE: gl.constexpr):
     """The item that `post_item` drew for this turn."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(posted.index(turn % 4), (turn // 4) & 1)
-    return gl.sum(board.index(turn % 4).load(FLAT), 0)
+    place = SIDE * 4 + turn % 4
+    mbarrier.wait(posted.index(place), (turn // 4) & 1)
+    return gl.sum(board.index(place).load(FLAT), 0)
 
 
 @gluon.jit
@@ -90,13 +94,16 @@ def place_item(index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
 
 
 @gluon.jit
-def load_item(rows_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
+def load_item(
+    rows_ptr, index, num_items,
+    REPEAT: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
+):  # fmt: skip
     """Head, mask head, first query, first step, steps, first kind, masked steps of an item."""
     place, head_in_mask = place_item(index, num_items, REPEAT, TOGETHER)
     item = rows_ptr + place * 6
     mask_head = gl.load(item)
     head = mask_head * REPEAT + head_in_mask
-    row = gl.load(item + 1) * 128
+    row = gl.load(item + 1) * QUERIES
     return (
         head,
         mask_head,
@@ -109,26 +116,43 @@ def load_item(rows_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.con
 
 
 @gluon.jit
-def load_pair(desc, ring, base, block0, block1, col, bar, D: gl.constexpr):
-    """Fetch two blocks of 64 tokens as one operand of 128; `base` is its first panel."""
-    mbarrier.expect(bar, 128 * D * 2)
+def load_step(
+    desc, ring, stage, block0, block1, col, bar, D: gl.constexpr, WIDTH: gl.constexpr
+):  # fmt: skip
+    """Fetch a block of 64 tokens, or two as one operand of 128, into a stage of the ring."""
+    mbarrier.expect(bar, WIDTH * D * 2)
+    per_panel: gl.constexpr = WIDTH // 64
+    first = stage * (per_panel * (D // 64))
     for p in gl.static_range(D // 64):
-        tma_load(desc, [block0, col + p * 64], bar, ring.index(base + p * 2))
-        tma_load(desc, [block1, col + p * 64], bar, ring.index(base + p * 2 + 1))
+        tma_load(desc, [block0, col + p * 64], bar, ring.index(first + p * per_panel))
+        if per_panel == 2:
+            tma_load(desc, [block1, col + p * 64], bar, ring.index(first + p * per_panel + 1))
+
+
+@gluon.jit
+def step_blocks(blocks_ptr, step, WIDTH: gl.constexpr):
+    """First tokens of the one or two key blocks of a step."""
+    block0 = gl.load(blocks_ptr + step * (WIDTH // 64)) * 64
+    block1 = block0
+    if WIDTH == 128:
+        block1 = gl.load(blocks_ptr + step * 2 + 1) * 64
+    return block0, block1
 
 
 @gluon.jit
 def masked_scores(
     s, rows, blocks_ptr, kinds_ptr, step, kind_step, q_len, k_len, bounds_ptr, bits_ptr,
     SIDE: gl.constexpr, PAIRS: gl.constexpr, HAS_BITS: gl.constexpr, MMA: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     """The scores of a masked step, -inf where they do not count."""
-    cols = gl.arange(0, 128, gl.SliceLayout(0, MMA))
-    block0 = gl.load(blocks_ptr + step * 2)
-    block1 = gl.load(blocks_ptr + step * 2 + 1)
-    kind0 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2)
-    kind1 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2 + 1)
-    keys = gl.where(cols < 64, block0, block1) * 64 + cols % 64
+    cols = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
+    block0, block1 = step_blocks(blocks_ptr, step, WIDTH)
+    kind0 = gl.load(kinds_ptr + kind_step * (4 if WIDTH == 128 else 1) + SIDE * 2)
+    kind1 = kind0
+    if WIDTH == 128:
+        kind1 = gl.load(kinds_ptr + kind_step * 4 + SIDE * 2 + 1)
+    keys = gl.where(cols < 64, block0, block1) + cols % 64
     keep = score_mask(
         kind0, kind1, gl.expand_dims(rows, 1), gl.expand_dims(keys, 0), gl.expand_dims(cols, 0),
         q_len, k_len, bounds_ptr, bits_ptr, PAIRS, HAS_BITS,
@@ -137,13 +161,16 @@ def masked_scores(
 
 
 @gluon.jit
-def start_product(left, view, full, count, more, WIDTH: gl.constexpr, STAGES: gl.constexpr):
+def start_product(
+    left, view, full, count, more, WIDTH: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr
+):  # fmt: skip
     """Issue left @ right^T with the operand of step `count`; `more` says whether there is one.
 
-    Behind the last step it multiplies whatever the next stage holds; nobody looks at the result.
+    The ring is the RING-th of STAGES stages. Behind the last step it multiplies whatever the next
+    stage holds; nobody looks at the result.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    stage = count % STAGES
+    stage = RING * STAGES + count % STAGES
     mbarrier.wait(full.index(stage), (count // STAGES) & 1, pred=more)
     right = view.index(stage).permute((1, 0))
     zero = gl.zeros([64, WIDTH], gl.float32, MMA)

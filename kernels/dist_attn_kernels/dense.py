@@ -136,7 +136,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     refused: dict[str, str] = {}
     table: list[tuple[str, Callable[[], str | None], Callable[[], Backend]]] = [
         ("cuda", lambda: _refuse_flash(device, dtype, head_dim),
-         lambda: CudaBackend(_refuse_cudnn(device, head_dim))),
+         lambda: CudaBackend(_refuse_on_cuda(device, head_dim))),
         ("cpu_flash", lambda: _refuse_cpu_flash(device, dtype),
          lambda: CpuFlashBackend(cpu_kernel_groups_heads())),
     ]  # fmt: skip
@@ -167,6 +167,22 @@ def _refuse_cudnn(device: torch.device, head_dim: int) -> str | None:
         return f"takes head dimensions up to 128 in eights, not {head_dim}"
     if not torch.backends.cudnn.is_available():
         return "cuDNN is not available"
+    return None
+
+
+def _refuse_on_cuda(device: torch.device, head_dim: int) -> dict[str, str]:
+    reasons = {
+        "block_sparse": _refuse_lists(device, head_dim),
+        "cudnn": _refuse_cudnn(device, head_dim),
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _refuse_lists(device: torch.device, head_dim: int) -> str | None:
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "beats flash attention on compute capability 9.0"
+    if head_dim not in (64, 128):
+        return f"is fast for head dimensions 64 and 128, not {head_dim}"
     return None
 
 

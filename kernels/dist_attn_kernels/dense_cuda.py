@@ -1,10 +1,14 @@
-"""Dense backends on CUDA devices: cuDNN, packed flash attention, and the choice between them."""
+"""Dense backends on CUDA devices: cuDNN, packed flash attention, and the choice among them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.attention
 from torch import Tensor
 
+from dist_attn_kernels.dense_lists import ListsBackend
 from dist_attn_kernels.segments import (
     Backend,
     PerSegment,
@@ -15,6 +19,9 @@ from dist_attn_kernels.segments import (
 )
 
 aten = torch.ops.aten
+
+#: Tokens on both sides from which cuDNN is worth a plan.
+MIN_CUDNN_TOKENS = 1024
 
 
 class CudnnBackend(PerSegment):
@@ -93,11 +100,16 @@ class FlashBackend:
 
 
 class CudaBackend:
-    """cuDNN for long segments, packed flash attention for the rest.
+    """Chooses per call: block-sparse kernels, cuDNN for long segments, flash attention.
 
-    cuDNN is up to twice as fast, but builds a plan for every new shape. So flash attention takes a
-    shape until it has lost about as much time as the plan takes, and cuDNN from then on: at worst
-    twice as slow as knowing beforehand. In deterministic calls flash attention does all.
+    The first two are up to twice as fast on Hopper, but want lists built for every new call and
+    plans for every new shape. So flash attention takes a call or a shape until it has lost about as
+    much time as that takes, and the others from then on: at worst twice as slow as knowing
+    beforehand. Where several would do, the block-sparse kernels go first: they take all segments
+    at once, and their gradients repeat bit by bit.
+
+    Args:
+        refused: why the backends "block_sparse" and "cudnn" are never used, by name.
     """
 
     name = "cuda"
@@ -105,13 +117,18 @@ class CudaBackend:
     #: head dimension 128: plans for forward and backward 150 ms; 345 / 290 TFLOP/s by flash
     #: attention, 660 / 560 by cuDNN; so 5e10 scores, there and back.
     plan_scores = 2**36
+    #: Scores of one call after which its lists have paid for themselves. Measured likewise: lists
+    #: of documents in 64k tokens 10 ms; 335 / 296 TFLOP/s by flash attention, 588 / 442 by lists.
+    list_scores = 2**32
+    #: Scores of a head up to which lists are built: they grow like these, 2 bytes for a thousand.
+    max_list_scores = 2**31
     #: Shapes that are remembered.
     max_shapes = 4096
 
-    def __init__(self, cudnn_refusal: str | None) -> None:
-        self.cudnn_refusal = cudnn_refusal
-        self.cudnn, self.flash = CudnnBackend(), FlashBackend()
-        self._scores: dict[tuple[int, int, int, bool], int] = {}
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        self.refused = dict(refused)
+        self.lists, self.cudnn, self.flash = ListsBackend(), CudnnBackend(), FlashBackend()
+        self._scores: dict[tuple[int, bool], dict[tuple[int, int], int]] = {}
 
     def forward(
         self, q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, segments: Segments, softmax_scale: float
@@ -119,7 +136,7 @@ class CudaBackend:
         """See `Backend`."""
         parts = [
             backend.forward(q_LHD[q], k_LKD[k], v_LKD[k], run, softmax_scale)
-            for backend, run, q, k in self._runs(segments, q_LHD.shape[1])
+            for backend, run, q, k in self._runs(segments, q_LHD.shape[1], False)
         ]
         outs, lses = zip(*parts, strict=True)
         return _join(outs, 0), _join(lses, 1)
@@ -128,44 +145,89 @@ class CudaBackend:
         self, saved: Saved, segments: Segments, softmax_scale: float, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend`."""
-        if deterministic:
-            return self.flash.backward(saved, segments, softmax_scale, deterministic)
         parts = [
             backend.backward(saved.segment(q, k), run, softmax_scale, deterministic)
-            for backend, run, q, k in self._runs(segments, saved.q.shape[1])
+            for backend, run, q, k in self._runs(segments, saved.q.shape[1], deterministic)
         ]
         dqs, dks, dvs = zip(*parts, strict=True)
         return _join(dqs, 0), _join(dks, 0), _join(dvs, 0)
 
+    def why_not_lists(self, segments: Segments, num_heads: int) -> str | None:
+        """Say why the block-sparse kernels do not take a call now, or None if they do."""
+        if "block_sparse" in self.refused:
+            return self.refused["block_sparse"]
+        if segments.cu_q[-1] == 0 or segments.cu_k[-1] == 0:
+            return "there is nothing to compute"
+        if segments.num_scores > self.max_list_scores:
+            return f"lists for {segments.num_scores:.1e} scores a head would be large"
+        active = active_flash()
+        if active is not None:
+            return f"flash attention is {active} here, which is faster"
+        seen = segments.kept.get("scores", 0)
+        assert isinstance(seen, int)
+        if num_heads * (seen + segments.num_scores) < self.list_scores:
+            return f"lists pay from {self.list_scores:.1e} scores of one call"
+        return None
+
     def _runs(
-        self, segments: Segments, num_heads: int
+        self, segments: Segments, num_heads: int, deterministic: bool
     ) -> list[tuple[Backend, Segments, slice, slice]]:
         """Cut the call where the backend changes."""
-        use_cudnn = [self._pays(q, k, segments.causal, num_heads) for q, k in segments]
-        runs: list[tuple[Backend, Segments, slice, slice]] = []
-        first = 0
-        while first < len(use_cudnn) or not runs:
-            last = first
-            while last + 1 < len(use_cudnn) and use_cudnn[last + 1] == use_cudnn[first]:
-                last += 1
-            run = segments.cut(first, last + 1)
-            q = slice(segments.cu_q[first], segments.cu_q[first] + run.cu_q[-1])
-            k = slice(segments.cu_k[first], segments.cu_k[first] + run.cu_k[-1])
-            chosen = any(use_cudnn[first : last + 1])
-            runs.append((self.cudnn if chosen else self.flash, run, q, k))
-            first = last + 1
-        return runs
+        whole = slice(0, segments.cu_q[-1]), slice(0, segments.cu_k[-1])
+        if self.why_not_lists(segments, num_heads) is None:
+            return [(self.lists, segments, *whole)]
+        seen = segments.kept.get("scores", 0)
+        assert isinstance(seen, int)
+        segments.kept["scores"] = seen + segments.num_scores
+        if deterministic:
+            return [(self.flash, segments, *whole)]
+        use_cudnn = self._paid(segments, num_heads)
+        kept = segments.kept.get(("runs", use_cudnn))
+        if kept is None:
+            kept = segments.kept["runs", use_cudnn] = _cut(segments, use_cudnn)
+        assert isinstance(kept, list)
+        return [(self.cudnn if cudnn else self.flash, *run) for cudnn, *run in kept]
 
-    def _pays(self, q: slice, k: slice, causal: bool, num_heads: int) -> bool:
-        num_q, num_k = q.stop - q.start, k.stop - k.start
-        if self.cudnn_refusal is not None or min(num_q, num_k) < 1024:
-            return False
-        shape = (num_q, num_k, num_heads, causal)
-        if len(self._scores) >= self.max_shapes:
-            self._scores.clear()
-        scores = num_heads * num_q * num_k // (2 if causal else 1)
-        self._scores[shape] = self._scores.get(shape, 0) + scores
-        return self._scores[shape] >= self.plan_scores
+    def _paid(self, segments: Segments, num_heads: int) -> tuple[bool, ...]:
+        """Count each segment's scores; which segments go to cuDNN."""
+        if "cudnn" in self.refused or min(segments.max_seqlens) < MIN_CUDNN_TOKENS:
+            return ()
+        seen = self._scores.setdefault((num_heads, segments.causal), {})
+        if len(seen) >= self.max_shapes:
+            seen.clear()
+        paid = []
+        for shape, scores in segments.shapes:
+            if min(shape) < MIN_CUDNN_TOKENS:
+                paid.append(False)
+                continue
+            seen[shape] = total = seen.get(shape, 0) + scores * num_heads
+            paid.append(total >= self.plan_scores)
+        return tuple(paid) if True in paid else ()
+
+
+def _cut(
+    segments: Segments, use_cudnn: tuple[bool, ...]
+) -> list[tuple[bool, Segments, slice, slice]]:
+    """Parts of a call by whether cuDNN takes them; no flags: it takes none."""
+    flags = use_cudnn or (False,) * len(segments)
+    runs: list[tuple[bool, Segments, slice, slice]] = []
+    first = 0
+    while first < len(flags) or not runs:
+        last = first
+        while last + 1 < len(flags) and flags[last + 1] == flags[first]:
+            last += 1
+        run = segments.cut(first, last + 1)
+        q = slice(segments.cu_q[first], segments.cu_q[first] + run.cu_q[-1])
+        k = slice(segments.cu_k[first], segments.cu_k[first] + run.cu_k[-1])
+        runs.append((any(flags[first : last + 1]), run, q, k))
+        first = last + 1
+    return runs
+
+
+def active_flash() -> str | None:
+    """The flash attention that the user put under torch's ("FA3", "FA4"), or None for FA2."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
 
 
 def _pad_dim(x: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
 #: Heads whose columns are walked at the same time: enough of them to keep a GPU's programs alike,
 #: few enough that L2 holds the queries that they read.
 HEADS_TOGETHER = 8
+#: Tiles that pairs of blocks visit per listed one from which single blocks are listed, too.
+NARROW_FROM = 1.5
 #: In an entry of a column: the query head inside its group, above the query block.
 HEAD_SHIFT = 24
 
@@ -52,6 +54,23 @@ class Tiles:
     kinds: Tensor
     intervals: Tensor | None = None
     bits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NarrowLists:
+    """Tables for masks whose neighbouring blocks have little in common: one block to an item.
+
+    rows [R, 6]: mask head, query block, first step, steps, first kind, masked steps.
+    row_blocks [S]: the key block of a step. row_kinds [M]: the kind of a masked step.
+    cols [C, 7], col_entries [E], col_kinds [N, 2]: as in `BlockLists`, with the key block twice.
+    """
+
+    rows: Tensor
+    row_blocks: Tensor
+    row_kinds: Tensor
+    cols: Tensor
+    col_entries: Tensor
+    col_kinds: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,20 @@ class BlockLists:
     num_tiles: int
     has_empty_rows: bool
     has_empty_cols: bool
+    #: In addition, where pairs of blocks would double the work.
+    narrow: NarrowLists | None = None
+
+    @property
+    def walked_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, blocks and kinds that the Hopper kernels walk."""
+        of = self if self.narrow is None else self.narrow
+        return of.rows, of.row_blocks, of.row_kinds
+
+    @property
+    def walked_cols(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns, entries and kinds that the Hopper kernels walk."""
+        of = self if self.narrow is None else self.narrow
+        return of.cols, of.col_entries, of.col_kinds
 
     @property
     def num_intervals(self) -> int:
@@ -95,6 +128,8 @@ class BlockLists:
         """Device memory of all tables."""
         tables = [self.rows, self.row_blocks, self.row_kinds, self.cols, self.col_entries]
         tables += [self.col_kinds, self.intervals] + ([] if self.bits is None else [self.bits])
+        if self.narrow is not None:
+            tables += [*self.walked_rows, *self.walked_cols]
         return sum(t.numel() * t.element_size() for t in tables)
 
 
@@ -133,7 +168,8 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
         kinds = torch.where(tail, INTERVAL, kinds)
     rows, row_blocks, row_kinds = _rows(tiles, heads, q_blocks, k_blocks, kinds)
     cols, col_entries, col_kinds = _cols(tiles, heads_per_kv, (heads, q_blocks, k_blocks, kinds))
-    num_rows = tiles.num_mask_heads * -(-tiles.q_len // ROW_QUERIES)
+    num_q = num_blocks(tiles.q_len)
+    with_keys = torch.unique(heads * num_q + q_blocks).numel()
     listed = torch.unique(heads // heads_per_kv * num_blocks(tiles.k_len) + k_blocks).numel()
     num_kv = tiles.num_mask_heads // heads_per_kv
     return BlockLists(
@@ -150,8 +186,11 @@ def build_lists(tiles: Tiles, heads_per_kv: int = 1) -> BlockLists:
         intervals=intervals.to(torch.int32).contiguous(),
         bits=None if tiles.bits is None else tiles.bits.to(torch.int32).contiguous(),
         num_tiles=heads.numel(),
-        has_empty_rows=rows.shape[0] < num_rows,
+        has_empty_rows=with_keys < tiles.num_mask_heads * num_q,
         has_empty_cols=listed < num_kv * num_blocks(tiles.k_len),
+        narrow=_narrow(tiles, heads_per_kv, (heads, q_blocks, k_blocks, kinds))
+        if max(row_blocks.numel(), col_entries.numel()) * 2 > NARROW_FROM * heads.numel()
+        else None,
     )
 
 
@@ -275,6 +314,40 @@ def _cols(
     columns = [head, pairs[:, 1], pairs[:, 2], _starts(counts), counts, _starts(masked), masked]
     table = torch.stack(columns, 1)[_longest_first(head // HEADS_TOGETHER, counts)]
     return table, entry, pair[~full]
+
+
+def _narrow(
+    tiles: Tiles, heads_per_kv: int, coords: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> NarrowLists:
+    heads, q_blocks, k_blocks, kinds = coords
+    num_q, num_k = num_blocks(tiles.q_len), num_blocks(tiles.k_len)
+    rows, order = _items(heads * num_q + q_blocks, k_blocks, kinds)
+    item, steps = rows[0], rows[2]
+    row_table = torch.stack([item // num_q, item % num_q, *rows[1:]], 1)
+    row_order = _longest_first(item // num_q, steps)
+    row_blocks, row_kinds = k_blocks[order], kinds[order]
+    position = heads % heads_per_kv * num_q + (num_q - 1 - q_blocks)
+    cols, order = _items(heads // heads_per_kv * num_k + k_blocks, position, kinds)
+    item, block = cols[0] // num_k, cols[0] % num_k
+    col_table = torch.stack([item, block, block, *cols[1:]], 1)
+    # A head at a time: its columns are alike, and L2 then holds the queries that they read.
+    col_order = _longest_first(item, cols[2])
+    entries = q_blocks[order] | heads[order] % heads_per_kv << HEAD_SHIFT
+    col_kinds = kinds[order][kinds[order] != FULL]
+    tables = [
+        row_table[row_order], row_blocks, row_kinds[row_kinds != FULL],
+        col_table[col_order], entries, torch.stack([col_kinds, col_kinds], 1),
+    ]  # fmt: skip
+    return NarrowLists(*(t.to(torch.int32).contiguous() for t in tables))
+
+
+def _items(item: Tensor, place: Tensor, kinds: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Items with first entry, entries, first kind and masked entries; and the entries' order."""
+    full = kinds == FULL
+    order = torch.argsort((item * 2 + full) * (int(place.max()) + 1) + place)
+    names, inverse, counts = torch.unique(item, return_inverse=True, return_counts=True)
+    masked = torch.bincount(inverse[~full], minlength=names.numel())
+    return [names, _starts(counts), counts, _starts(masked), masked], order
 
 
 def _pair_key_blocks(

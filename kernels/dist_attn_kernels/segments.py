@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,8 @@ class Segments:
     cu_q: tuple[int, ...]
     cu_k: tuple[int, ...]
     causal: bool
+    #: What backends have made of these segments, for the next layer.
+    kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
     _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _cuts: dict[tuple[int, int], Segments] = field(default_factory=dict, repr=False)
 
@@ -45,6 +47,19 @@ class Segments:
     def max_seqlens(self) -> tuple[int, int]:
         """Longest segment of the queries and of the keys."""
         return max(_sizes(self.cu_q), default=0), max(_sizes(self.cu_k), default=0)
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[tuple[int, int], int]]:
+        """Queries and keys of each segment, and the scores of one head that count."""
+        return [
+            ((q, k), q * (k + 1) // 2 if self.causal else q * k)
+            for q, k in zip(_sizes(self.cu_q), _sizes(self.cu_k), strict=True)
+        ]
+
+    @functools.cached_property
+    def num_scores(self) -> int:
+        """Scores of one head that count."""
+        return sum(scores for _, scores in self.shapes)
 
     @functools.cached_property
     def has_empty_keys(self) -> bool:

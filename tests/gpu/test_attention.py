@@ -9,7 +9,15 @@ from dist_attn.attention.accumulate import Rows, SoftmaxSum
 from dist_attn.groups import single_rank_group
 from dist_attn.layout import make_layout
 from dist_attn.masks import BlockList, Causal, Documents, Mask, Predicate, Window, patterns
-from dist_attn_kernels.dense import CudnnBackend, FlashBackend, Saved, Segments, choose_backend
+from dist_attn_kernels.dense import (
+    CudaBackend,
+    CudnnBackend,
+    FlashBackend,
+    Saved,
+    Segments,
+    choose_backend,
+)
+from dist_attn_kernels.dense_lists import ListsBackend
 from tests.attention_cases import (
     NAMES,
     Case,
@@ -70,6 +78,11 @@ def long_masks() -> dict[str, Mask]:
         "documents and window": patterns.causal_documents(cu) & Window(200, 0),
         "s2": patterns.s2(1500, 64, 3, 4, 8),
         "s2, a dense head": patterns.s2(1500, 64, 3, 4, 8, dense_heads=[3]) & Documents(cu),
+        "power of two": patterns.power_of_two(1500, 64, 2),
+        "shifted groups and sinks": patterns.shifted_groups(1500, 400, 8, 3),
+        "anchor documents": patterns.anchor_documents(cu),
+        "streaming heads": patterns.streaming_heads(8, [0, 5], 256, 4),
+        "window per head": patterns.window_per_head([64, 100, 200, 200, 300, 700, 1500, 64], 4),
         "listed blocks": BlockList(128, 128, blocks),
         "predicate": Predicate(
             lambda q, k, h: (q + 3 * k + h) % 7 < 3, patterns.sliding_window(400)
@@ -109,7 +122,9 @@ def test_float32_is_computed_by_the_reference():
     check(Case(SHORT, 4, 2, 64), "ring", 2)
 
 
-@pytest.mark.parametrize("backend", [CudnnBackend(), FlashBackend()], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "backend", [CudnnBackend(), FlashBackend(), ListsBackend()], ids=lambda b: b.name
+)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_a_backend_obeys_a_foreign_normaliser(backend, kv_heads):
     """Keys in two calls, merged; the backward of each call with out and lse of both."""
@@ -141,6 +156,31 @@ def test_a_backend_obeys_a_foreign_normaliser(backend, kv_heads):
         :split
     ].float().square().sum()
     assert ratio.item() == pytest.approx(0.3679, abs=0.01)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [SHORT, LONG])
+def test_documents_on_block_lists(lengths, head_dim):
+    """What the choice takes for documents once their lists have paid, on strided tensors."""
+    case = Case(lengths, 8, 2, head_dim, torch.bfloat16)
+    x = {
+        n: t.cuda().transpose(0, 1).contiguous().transpose(0, 1) for n, t in case.tensors().items()
+    }
+    cuda = choose_backend(torch.device("cuda"), torch.bfloat16, head_dim).backend
+    if "block_sparse" in cuda.refused:
+        pytest.skip(f"the block-sparse kernels are not chosen: {cuda.refused['block_sparse']}")
+    chosen = CudaBackend({})
+    chosen.list_scores = 0
+    cu = tuple(case.cu_seqlens.tolist())
+    segments, scale = Segments(cu, cu, True), head_dim**-0.5
+    assert chosen.why_not_lists(segments, 8) is None
+    out, lse = chosen.forward(x["q"], x["k"], x["v"], segments, scale)
+    saved = Saved(x["dout"], x["q"], x["k"], x["v"], out, lse)
+    dq, dk, dv = chosen.backward(saved, segments, scale, True)
+    got = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    assert_as_good_as_torch(got, case, dense_mask(mask_of("causal documents", case), case).cuda())
+    again = chosen.backward(saved, segments, scale, False)
+    assert all(torch.equal(a, b) for a, b in zip(again, (dq, dk, dv), strict=True))
 
 
 def test_deterministic_means_bitwise_the_same():

@@ -75,7 +75,8 @@ def check(tiles: Tiles, heads: tuple[int, int], dim: int, dtype: torch.dtype, ba
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [63, 64, 127, 129, 700, 1024])
 @pytest.mark.parametrize(
-    "name", ["causal", "window", "documents", "s2", "s2_128_documents", "mixed"]
+    "name",
+    ["causal", "window", "documents", "s2", "s2_128_documents", "mixed", "random", "sparse"],
 )
 def test_masks(name: str, length: int, backend: str) -> None:
     check(cases.named_tiles(name, length, 2), (2, 2), 128, torch.bfloat16, backend)
@@ -93,6 +94,17 @@ def test_head_dims(dim: int, dtype: torch.dtype, backend: str) -> None:
 def test_grouped_heads(mask_heads: int, backend: str) -> None:
     """More key/value heads than one launch of the backward serves."""
     check(cases.random_mixed_tiles(513, 513, mask_heads, 7), (18, 9), 64, torch.bfloat16, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask_heads", [1, 2, 4])
+def test_single_blocks_with_grouped_heads(mask_heads: int, dim: int, backend: str) -> None:
+    """Neighbouring blocks have so little in common that each is an item of its own."""
+    tiles = cases.thinned(cases.random_mixed_tiles(1700, 1500, mask_heads, 7, pairs=2), 0.15)
+    per_query_head = mask_heads == 4
+    assert build_lists(tiles, 2 if per_query_head else 1).narrow is not None
+    check(tiles, (4, 2), dim, torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,8 +130,9 @@ def test_foreign_lse(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_results_and_gradients_repeat(backend: str) -> None:
-    tiles = cases.named_tiles("mixed", 900, 2)
+@pytest.mark.parametrize("name", ["mixed", "sparse"])
+def test_results_and_gradients_repeat(name: str, backend: str) -> None:
+    tiles = cases.named_tiles(name, 900, 2)
     q, k, v, dout, _ = cases.qkv(tiles, 2, 2, 128, torch.bfloat16, "cuda")
     lists = build_lists(on_gpu(tiles))
     if backend == "hopper" and why_not_hopper(q):
@@ -130,3 +143,27 @@ def test_results_and_gradients_repeat(backend: str) -> None:
         grads = block_sparse_backward(dout, (q, k, v), out, lse, lists, backend=backend)
         runs.append((out, lse, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["s2", "random"])
+def test_memory_is_that_of_the_results(name: str) -> None:
+    """Beside results the backward holds delta, and lse and delta padded to whole blocks."""
+    length, heads, dim = 4096, 8, 128
+    tiles = cases.named_tiles(name, length, heads)
+    lists = build_lists(on_gpu(tiles))
+    q, k, v, dout, _ = cases.qkv(tiles, heads, heads, dim, torch.bfloat16, "cuda")
+    if why_not_hopper(q):
+        pytest.skip("the Hopper kernels do not apply")
+
+    def run() -> None:
+        out, lse = block_sparse_forward(q, k, v, lists)
+        block_sparse_backward(dout, (q, k, v), out, lse, lists)
+
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    results = 4 * q.nbytes + 4 * heads * length
+    extra = 3 * 4 * heads * length
+    assert torch.cuda.max_memory_allocated() - before <= results + extra + 2**16
+    assert lists.nbytes < 2 * 64 * lists.num_tiles

@@ -57,6 +57,34 @@ def test_a_document_sees_the_same_wherever_it_is_packed(settings: dict) -> None:
         assert mask.area(int(cu[-1]), head) == whole.sum()
 
 
+SINKS = {"kind": "window", "window_tokens": 8, "sink_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("entries", "kinds"),
+    [
+        # HHST: sparse layers with dense ones between.
+        ([S2, {"kind": "causal", "layers": "1::4"}], "s2 causal s2 s2 s2 causal"),
+        # LongGen: the middle third full; the others window and sinks, or strided blocks.
+        ([SINKS, {"kind": "causal", "layers": "2:4"}], "window window causal causal window window"),
+        ([S2, {"kind": "causal", "layers": "2:4"}], "s2 s2 causal causal s2 s2"),
+        # MASFormer: full attention in the last layers alone.
+        (
+            [SINKS | {"sink_tokens": 0}, {"kind": "causal", "layers": "-1:"}],
+            "window window window window window causal",
+        ),
+    ],
+)
+def test_recipes_of_layers(entries: list[dict], kinds: str) -> None:
+    rules = layer_rules([LayerMaskConfig(**e) for e in entries], 6, 4, 2)
+    assert rules is not None
+    assert [rules.rules[r].kind for r in rules.of_layer] == kinds.split()
+    for r in rules.distinct:
+        mask, config = rules.mask(r, [0, 40]), rules.rules[r]
+        for head in range(4):
+            assert np.array_equal(mask.materialize(40, head), expected(config, 40, head))
+
+
 def test_areas_are_counted() -> None:
     configs = [LayerMaskConfig(**S2), LayerMaskConfig(layers="::2", kind="causal")]
     rules = layer_rules(configs, 3, 4, 2)

@@ -1,8 +1,11 @@
 """The choice of a dense kernel: by capability, and on CUDA by what a plan costs."""
 
+import timeit
+
 import pytest
 import torch
 
+from dist_attn_kernels import dense_cuda
 from dist_attn_kernels.dense import (
     CpuFlashBackend,
     CudaBackend,
@@ -12,6 +15,10 @@ from dist_attn_kernels.dense import (
     choose_backend,
     cpu_kernel_groups_heads,
 )
+from dist_attn_kernels.dense_cuda import active_flash
+from dist_attn_kernels.dense_lists import ListsBackend, key_intervals
+
+NO_LISTS = {"block_sparse": "no Hopper"}
 
 
 class Recorder(ReferenceBackend):
@@ -37,7 +44,7 @@ def test_integers_are_refused():
 
 
 def test_long_segments_go_to_cudnn_once_they_have_paid_for_its_plan():
-    cuda = CudaBackend(None)
+    cuda = CudaBackend(NO_LISTS)
     cuda.cudnn, cuda.flash = Recorder(), Recorder()
     cuda.plan_scores = 2 * 1100 * 1100 * 2
     cu = (0, 30, 1130, 2230, 2250)
@@ -53,12 +60,103 @@ def test_long_segments_go_to_cudnn_once_they_have_paid_for_its_plan():
 
 
 def test_refused_cudnn_is_never_used():
-    cuda = CudaBackend("too old a device")
+    cuda = CudaBackend(NO_LISTS | {"cudnn": "too old a device"})
     cuda.flash = Recorder()
     cuda.plan_scores = 1
     q = torch.randn(1500, 1, 4)
     cuda.forward(q, q, q, Segments((0, 1500), (0, 1500), True), 0.5)
     assert cuda.flash.lengths == [1500]
+
+
+def test_a_call_goes_to_the_lists_once_it_has_paid_for_them():
+    cuda = CudaBackend({"cudnn": "not here"})
+    cuda.lists, cuda.flash = Recorder(), Recorder()
+    cu = (0, 30, 100)
+    segments, others = Segments(cu, cu, True), Segments(cu, cu, True)
+    scores = 30 * 31 // 2 + 70 * 71 // 2
+    assert segments.num_scores == scores
+    cuda.list_scores = 2 * 3 * scores
+    q, k = torch.randn(100, 3, 4), torch.randn(100, 3, 4)
+    outs = [cuda.forward(q, k, k, segments, 0.5) for _ in range(3)]
+    assert (cuda.flash.lengths, cuda.lists.lengths) == ([30, 70], [30, 70] * 2)
+    for got in outs[1:]:
+        torch.testing.assert_close(got, outs[0])
+    # Lists are a call's own; a backward may take what a forward of another backend left.
+    cuda.forward(q, k, k, others, 0.5)
+    assert cuda.flash.lengths == [30, 70] * 2
+    saved = Saved(q, q, k, k, *outs[0])
+    grads = cuda.backward(saved, segments, 0.5, True)
+    torch.testing.assert_close(grads, ReferenceBackend().backward(saved, segments, 0.5, True))
+
+
+@pytest.mark.parametrize(
+    ("change", "cu", "says"),
+    [
+        ({}, (0, 40), None),
+        ({"refused": NO_LISTS}, (0, 40), "no Hopper"),
+        ({"list_scores": 10**6}, (0, 40), "lists pay from 1.0e+06 scores"),
+        ({"max_list_scores": 100}, (0, 40), "would be large"),
+        ({}, (0, 0), "nothing to compute"),
+    ],
+)
+def test_the_refusal_of_lists_is_explained(change, cu, says):
+    cuda = CudaBackend({})
+    cuda.list_scores = 1
+    for name, value in change.items():
+        setattr(cuda, name, value)
+    got = cuda.why_not_lists(Segments(cu, cu, True), 2)
+    assert (got is None) if says is None else (says in got)
+
+
+def test_an_activated_flash_attention_goes_first(monkeypatch):
+    cuda = CudaBackend({})
+    cuda.list_scores = 1
+    monkeypatch.setattr(dense_cuda, "active_flash", lambda: "FA4")
+    assert "flash attention is FA4" in cuda.why_not_lists(Segments((0, 40), (0, 40), True), 2)
+    assert active_flash() is None
+
+
+@pytest.mark.parametrize("with_lists", [True, False])
+def test_choosing_takes_less_than_20_microseconds(with_lists):
+    cuda = CudaBackend({} if with_lists else NO_LISTS)
+    cuda.list_scores = 1
+    cu = tuple(range(0, 33 * 2000, 2000))
+    segments, device = Segments(cu, cu, True), torch.device("cpu")
+
+    def choose():
+        choose_backend(device, torch.bfloat16, 128)
+        return cuda._runs(segments, 32, False)
+
+    assert choose()[0][0] is (cuda.lists if with_lists else cuda.flash)
+    # The fastest of many: other processes run beside the tests.
+    assert min(timeit.repeat(choose, number=20, repeat=50)) / 20 < 20e-6
+
+
+def test_key_intervals_of_segments():
+    causal = key_intervals(Segments((0, 2, 2, 5), (0, 2, 2, 5), True), torch.device("cpu"))
+    assert causal.tolist() == [[[0, 0, 2, 2, 2], [1, 2, 3, 4, 5]]]
+    full = key_intervals(Segments((0, 2, 3), (0, 4, 4), False), torch.device("cpu"))
+    assert full.tolist() == [[[0, 0, 4], [4, 4, 4]]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_of_segments(causal):
+    """The Triton kernels on the same lists, in the interpreter or on a GPU without Hopper's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    cu_q, cu_k = ((0, 3, 3, 150), (0, 3, 3, 150)) if causal else ((0, 3, 9, 150), (0, 70, 70, 170))
+    segments = Segments(cu_q, cu_k, causal)
+    q, dout = (torch.randn(150, 4, 16, generator=generator).to(device) for _ in range(2))
+    k, v = (torch.randn(cu_k[-1], 2, 16, generator=generator).to(device) for _ in range(2))
+    results = []
+    for b in (ListsBackend(), ReferenceBackend()):
+        # Rows of another stride are copied.
+        out, lse = b.forward(q.transpose(0, 1).contiguous().transpose(0, 1), k, v, segments, 0.5)
+        saved = Saved(dout, q, k, v, out, lse)
+        results.append((out, lse, *b.backward(saved, segments, 0.5, False)))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    lists = segments.kept["lists", q.device]
+    assert ListsBackend().lists(segments, q.device) is lists
 
 
 @pytest.mark.parametrize("groups_heads", sorted({False, cpu_kernel_groups_heads()}))

@@ -28,6 +28,15 @@ def random_mixed_tiles(q_len: int, k_len: int, heads: int, seed: int, pairs: int
     return Tiles(q_len, k_len, heads, head, q, k, kinds[head, q, k], bounds, bits)
 
 
+def thinned(tiles: Tiles, share: float) -> Tiles:
+    """Some of the tiles, at random: neighbouring blocks have little in common."""
+    gen = torch.Generator().manual_seed(tiles.heads.numel())
+    keep = torch.rand(tiles.heads.numel(), generator=gen) < share
+    parts = (t[keep] for t in (tiles.heads, tiles.q_blocks, tiles.k_blocks, tiles.kinds))
+    sizes = (tiles.q_len, tiles.k_len, tiles.num_mask_heads)
+    return Tiles(*sizes, *parts, tiles.intervals, tiles.bits)
+
+
 def qkv(
     tiles: Tiles, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[Tensor]:
@@ -74,21 +83,27 @@ def error(got: Tensor, exact: Tensor) -> float:
 def named_tiles(name: str, seq_len: int, heads: int) -> Tiles:
     """One of the masks by name."""
     cu = torch.tensor([0, 5, 5, seq_len // 3, seq_len // 2 + 1, seq_len])
+    mixed = random_mixed_tiles(seq_len, seq_len, heads, seed=seq_len)
+    generator = torch.Generator().manual_seed(seq_len)
+    bounds = {
+        "causal": {},
+        "window": {"window": 100},
+        "documents": {"cu_seqlens": cu},
+    }  # fmt: skip
+    if name in bounds:
+        intervals = rules.causal_intervals(seq_len, **bounds[name])  # type: ignore[arg-type]
+        return rules.tiles_from_intervals(intervals, seq_len)
     match name:
-        case "causal":
-            return rules.tiles_from_intervals(rules.causal_intervals(seq_len), seq_len)
-        case "window":
-            return rules.tiles_from_intervals(rules.causal_intervals(seq_len, window=100), seq_len)
-        case "documents":
-            return rules.tiles_from_intervals(
-                rules.causal_intervals(seq_len, cu_seqlens=cu), seq_len
-            )
         case "s2":
             return rules.s2_tiles(seq_len, heads, local_blocks=2, stride_blocks=3)
         case "s2_128_documents":
             return rules.s2_tiles(
                 seq_len, heads, local_blocks=1, stride_blocks=2, block=128, cu_seqlens=cu
             )
+        case "random":
+            return rules.random_tiles(seq_len, heads, density=0.3, block=64, generator=generator)
         case "mixed":
-            return random_mixed_tiles(seq_len, seq_len, heads, seed=seq_len)
+            return mixed
+        case "sparse":
+            return thinned(mixed, 0.2)
     raise AssertionError(name)

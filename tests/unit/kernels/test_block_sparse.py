@@ -48,7 +48,8 @@ def check(tiles: Tiles, heads: int, kv_heads: int, dim: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "window", "documents", "s2", "s2_128_documents", "mixed"]
+    "name",
+    ["causal", "window", "documents", "s2", "s2_128_documents", "mixed", "random", "sparse"],
 )
 @pytest.mark.parametrize("length", [130, 257])
 def test_masks(name: str, length: int) -> None:

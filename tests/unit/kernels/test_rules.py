@@ -9,7 +9,7 @@ from dist_attn_kernels import rules
 from dist_attn_kernels.lists import EMPTY, FULL, ROW_QUERIES, Tiles, build_lists
 from tests.unit.kernels import block_sparse_cases as cases
 
-NAMES = ["causal", "window", "documents", "s2", "s2_128_documents", "mixed"]
+NAMES = ["causal", "window", "documents", "s2", "s2_128_documents", "mixed", "random", "sparse"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,6 +86,43 @@ def test_lists_hold_every_tile_once(name: str) -> None:
     assert cols == want
     lengths = lists.rows[lists.rows[:, 0] == 0, 3]
     assert (lengths.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["random", "sparse"])
+def test_single_blocks_where_neighbours_have_little_in_common(name: str) -> None:
+    """These tables name every tile once as well, masked ones first, and nothing else."""
+    tiles = cases.named_tiles(name, 1900, 2)
+    lists = build_lists(tiles)
+    assert lists.narrow is not None
+    assert 2 * lists.row_blocks.numel() > 1.5 * lists.num_tiles
+    coords = (tiles.heads, tiles.q_blocks, tiles.k_blocks, tiles.kinds)
+    want = {(h, q, k): kind for h, q, k, kind in zip(*(t.tolist() for t in coords), strict=True)}
+    table, blocks, kinds = lists.walked_rows
+    rows = {}
+    for head, q_block, first, steps, first_kind, masked in table.tolist():
+        assert steps
+        for step in range(steps):
+            kind = int(kinds[first_kind + step]) if step < masked else FULL
+            rows[head, q_block, int(blocks[first + step])] = kind
+    assert rows == want
+    assert len(blocks) == len(want)
+    assert (table[table[:, 0] == 1, 3].diff() <= 0).all()
+    table, entries, kinds = lists.walked_cols
+    cols = {}
+    for head, block, twin, first, count, first_kind, masked in table.tolist():
+        assert block == twin
+        assert count
+        for i in range(count):
+            kind = kinds[first_kind + i].tolist() if i < masked else [FULL, FULL]
+            cols[head, int(entries[first + i]), block] = kind[0]
+            assert kind[0] == kind[1]
+    assert cols == want
+    assert len(entries) == len(want)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "s2", "s2_128_documents"])
+def test_neighbours_that_agree_share_items(name: str) -> None:
+    assert build_lists(cases.named_tiles(name, 4096, 2)).narrow is None
 
 
 def test_strided_columns_are_paired_with_each_other() -> None:

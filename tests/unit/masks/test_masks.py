@@ -111,6 +111,14 @@ def test_others_are_not(mask):
     assert dense_form(mask, SEQ_LEN) is None
 
 
+def test_growing_windows_grow():
+    def spans(seq_len):
+        mask = patterns.growing_windows(seq_len, [(4, 0.0), (0, 0.5)])
+        return [int(mask.materialize(seq_len, h)[-1].sum()) for h in range(2)]
+
+    assert (spans(20), spans(80)) == ([4, 10], [4, 40])
+
+
 def test_the_heads_of_s2_see_the_whole_context_together():
     mask = patterns.s2(SEQ_LEN, 4, 1, 4, 4)
     heads = [mask.materialize(SEQ_LEN, h) for h in range(4)]
@@ -153,6 +161,7 @@ def test_the_area_of_a_million_tokens_is_exact():
         (lambda: BlockList(4, 4, np.zeros((1, 1, 1), int)).area(9), "ends at query block 0"),
         (lambda: PerHead(()), "one mask at least"),
         (lambda: patterns.causal_blockwise([0]), "one block at least"),
+        (lambda: patterns.growing_windows(8, [(1, 0.5), (0, 0.01)]), "one token at least"),
         (lambda: dense_form(Documents([0, 5]), 6), "the stream 6"),
         (lambda: (Causal() | DocumentPrefix([0, 5], 1)).check(6), "documents hold 5 tokens"),
         (lambda: PerHead((Causal(), StridedBlocks(7, 1, 2))).check(6), "blocks hold 7 tokens"),
