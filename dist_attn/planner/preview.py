@@ -126,7 +126,7 @@ def _row(micro_batch: str, index: int, groups: list[Group]) -> tuple[str, ...]:
     first = groups[0]
     degree = f"{len(groups)}x{first.degree}" if many else str(first.degree)
     if first.degree > 1:
-        degree += {"ring": "r", "ulysses": "u"}.get(first.strategy, "")
+        degree += "".join(level[0] for level in first.strategy.split("+"))
     ranks = ranks_text(tuple(r for g in groups for r in g.ranks))
     return (
         micro_batch,

@@ -200,7 +200,9 @@ class _Run:
             load_checkpoint(checkpoint, self._engine, runtime)
         shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
         rules = layer_rules_of(config, shape)
-        self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool, rules)
+        self._runner = StepRunner(
+            self._engine, self._corpus, config, runtime, self._pool, rules, self._plans.node_of
+        )
 
     def go(self, state: TrainState, mark: Mark) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
