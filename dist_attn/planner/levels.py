@@ -73,3 +73,8 @@ def inner_size(kind: GroupKind, inner_degree: int | None, devices_per_node: int)
     if inner < 2 or kind.degree % inner or kind.degree == inner:
         return None
     return inner
+
+
+def strategy_letters(strategy: str) -> str:
+    """A strategy in short, a letter for each level: `r` for ring, `ug` for ulysses+gather."""
+    return "".join(level[0] for level in strategy.split("+"))

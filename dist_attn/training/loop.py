@@ -19,6 +19,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import (
@@ -223,10 +224,14 @@ class _Run:
 
     def _introduce(self, reporter: Reporter, state: TrainState) -> None:
         runtime, engine = self._runtime, self._config.engine
+        legend = ", ".join(
+            f"{strategy_letters(s)} {s.replace('ulysses', 'Ulysses')}"
+            for s in self._config.attention.strategies
+        )
         reporter.say(f"corpus: {self._corpus.report}")
         reporter.say(
             f"{runtime.world_size} ranks on {runtime.device.type}, {_describe(engine)}, "
-            f"{self._config.model.dtype}; groups below: degree, r ring, u Ulysses, "
+            f"{self._config.model.dtype}; groups below: degree, {legend}, "
             f"+ at a time, | one after another"
         )
         if state.step:

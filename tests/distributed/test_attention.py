@@ -1,10 +1,12 @@
 """Every strategy, layout and number of ranks gives the attention of one process."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -12,9 +14,11 @@ from dist_attn.attention import AttentionContext, attend_with_context, attention
 from dist_attn.attention.strategy import Local
 from dist_attn.attention.ulysses import HeadSplit, Ulysses
 from dist_attn.errors import PlanError
+from dist_attn.groups import single_rank_group
 from dist_attn.layout import from_intervals, make_layout
 from dist_attn.masks import Causal, Documents
 from tests.attention_cases import (
+    INNER_SIZE,
     NAMES,
     Case,
     assert_as_good_as_torch,
@@ -84,9 +88,16 @@ def test_dtypes(strategy, dtype):
     check(Case((5, 50, 33), dtype=dtype, head_dim=16), "causal documents", "zigzag", strategy, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask_name", ["causal documents", "window and sinks"])
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
-def test_large_scores(strategy):
-    check(Case((40, 9), scale_of_q=3e3), "causal documents", "zigzag", strategy, 3)
+def test_scores_up_to_1e4(strategy, mask_name, dtype):
+    case = Case((40, 49), scale_of_q=4e3, dtype=dtype)
+    x = case.tensors()
+    k = x["k"].repeat_interleave(2, 1)
+    scores = torch.einsum("qhd,khd->hqk", x["q"].float(), k.float()) * case.head_dim**-0.5
+    assert scores.abs().max() > 1e4
+    check(case, mask_name, "zigzag", strategy, 3)
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring"])
@@ -180,10 +191,21 @@ def test_ring_stops_where_nobody_needs_the_block():
     assert everything == [{}, {"kv": 2 * kv_bytes}, {"dkv": kv_bytes}, {}]
 
 
-@pytest.mark.parametrize("mask_name", ["s2", "causal window", "shared question", "streaming heads"])
-def test_gather_moves_exactly_what_the_mask_needs(mask_name):
+@pytest.mark.parametrize(
+    ("mask_name", "layout_kind"),
+    [
+        ("s2", "contiguous"),
+        ("causal window", "contiguous"),
+        ("shared question", "contiguous"),
+        ("streaming heads", "contiguous"),
+        ("causal window", "zigzag"),
+        ("top variable blocks", "balanced"),
+        ("causal documents", "striped"),
+    ],
+)
+def test_gather_moves_exactly_what_the_mask_needs(mask_name, layout_kind):
     cp_size = 3
-    parts = run_ranks(attend, cp_size, ZOO_CASE, mask_name, "contiguous", "gather")
+    parts = run_ranks(attend, cp_size, ZOO_CASE, mask_name, layout_kind, "gather")
     mask = mask_of(mask_name, ZOO_CASE)
     heads = np.stack([mask.materialize(SEQ_LEN, h) for h in range(NUM_HEADS)])
     by_kv_head = heads.reshape(2, 2, SEQ_LEN, SEQ_LEN).any(axis=1)
@@ -201,16 +223,21 @@ def test_gather_moves_exactly_what_the_mask_needs(mask_name):
     assert returned == sum(wanted)
 
 
-def sent_for_a_window(seq_len: int) -> int:
+def sent_for_a_window(seq_len: int, strategy: str) -> dict[str, int]:
     case = Case((seq_len,), head_dim=4)
-    return attend(case, "causal window", "contiguous", "gather")["all_bytes"].get("kv", 0)
+    return attend(case, "causal window", "contiguous", strategy)["all_bytes"]
 
 
 def test_a_window_moves_the_same_however_long_the_sequence():
-    short, long = run_ranks(sent_for_a_window, 4, 80), run_ranks(sent_for_a_window, 4, 640)
+    short, long = (run_ranks(sent_for_a_window, 4, n, "gather") for n in (80, 640))
     assert short == long
-    assert short[0] == 2 * 12 * 2 * 2 * 4 * 4
-    assert short[3] == 0
+    # Of 12 tokens keys and values of 2 heads, forward and backward, and their gradients.
+    each = 12 * 2 * 2 * 4 * 4
+    assert short == [{"kv": 2 * each}, *[{"kv": 2 * each, "dkv": each}] * 2, {"dkv": each}]
+    # A ring moves whole blocks, but only to the neighbour.
+    block = 20 * 2 * 2 * 4 * 4
+    ring = run_ranks(sent_for_a_window, 4, 80, "ring")
+    assert ring == [{"kv": 2 * block}, *[{"kv": 2 * block, "dkv": block}] * 2, {"dkv": block}]
 
 
 def test_ulysses_replicates_heads_only_as_far_as_needed():
@@ -256,36 +283,53 @@ def test_heads_traded_in_chunks_change_nothing(mask_name, heads, layout_kind):
         assert chunked["calls"]["all_to_all"] == chunks * whole["calls"]["all_to_all"]
 
 
-def attend_twice_with_checkpoint(case: Case, strategy: str) -> float:
-    group, layout = world_group(), layout_of("zigzag", case)
-    mask = mask_of("causal documents", case)
+def attend_twice_with_checkpoint(case: Case, mask_name: str, strategy: str) -> float:
+    """Two layers, the second of which attends twice; against one rank that holds everything."""
+    group = world_group(INNER_SIZE[dist.get_world_size()] if "+" in strategy else None)
+    layout, mask = layout_of("zigzag", case), mask_of(mask_name, case)
     positions = torch.from_numpy(layout.positions(group.cp_rank))
-    x = {name: t[positions] for name, t in case.tensors().items()}
+    x = case.tensors()
     weight = torch.eye(case.head_dim).requires_grad_()
+    alone = {
+        "layout": make_layout("contiguous", case.cu_seqlens, 1),
+        "group": single_rank_group(dist.get_rank()),
+        "strategy": "local",
+    }
+    together = {"layout": layout, "group": group, "strategy": strategy, "deterministic": True}
 
-    def layer(hidden: Tensor) -> Tensor:
+    def layer(hidden: Tensor, place: dict[str, Any]) -> Tensor:
         k, v = hidden[:, ::2], hidden[:, 1::2]
-        return attention(
-            hidden @ weight, k, v, mask=mask, layout=layout, group=group, strategy=strategy
-        )
+        return attention(hidden @ weight, k, v, mask=mask, **place)
 
-    def grads(use_checkpoint: bool) -> list[Tensor]:
-        hidden = x["q"].clone().requires_grad_()
+    def grads(place: dict[str, Any], rows: Any, use_checkpoint: bool = False) -> list[Tensor]:
+        def call(h: Tensor) -> Tensor:
+            if use_checkpoint:
+                return checkpoint(layer, h, place, use_reentrant=False)
+            return layer(h, place)
+
+        hidden = x["q"][rows].clone().requires_grad_()
         weight.grad = None
-        h = hidden
-        for _ in range(2):
-            h = checkpoint(layer, h, use_reentrant=False) if use_checkpoint else layer(h)
-        h.backward(x["dout"])
+        first = call(hidden)
+        (call(first) + call(hidden.flip(-1))).backward(x["dout"][rows])
         return [hidden.grad, weight.grad]
 
-    plain, again = grads(False), grads(True)
+    plain, again = (grads(together, positions, c) for c in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    want = grads(alone, slice(None))
+    torch.testing.assert_close(plain[0], want[0][positions], rtol=1e-4, atol=1e-5)
+    whole = plain[1].clone()
+    dist.all_reduce(whole)
+    torch.testing.assert_close(whole, want[1], rtol=1e-4, atol=1e-5)
     return plain[1].norm().item()
 
 
-@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
-def test_twice_in_a_graph_and_under_checkpointing(strategy):
-    assert all(n > 0 for n in run_ranks(attend_twice_with_checkpoint, 3, ODD, strategy))
+@pytest.mark.parametrize("mask_name", ["causal documents", "s2 and a dense head"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_twice_in_a_graph_and_under_checkpointing(strategy, mask_name):
+    case = ODD if mask_name == "causal documents" else ZOO_CASE
+    cp_size = 4 if "+" in strategy else 3
+    norms = run_ranks(attend_twice_with_checkpoint, cp_size, case, mask_name, strategy)
+    assert all(n > 0 for n in norms)
 
 
 def attend_with_padding(num_padding: int, strategy: str) -> dict[str, Tensor]:
