@@ -13,7 +13,6 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,5 +220,3 @@ def _allowed(
     if right >= 0:
         allowed &= k <= q + right
     return allowed
-
-

@@ -85,7 +85,11 @@ def _point_to_point(wire: Wire) -> Callable[..., Any]:
                 wire.add(_bytes(op.tensor))
             tensor = op.tensor
             if _staged(tensor, op.group):
-                host = tensor.cpu() if op.op is dist.isend else torch.empty_like(op.tensor, device="cpu")
+                host = (
+                    tensor.cpu()
+                    if op.op is dist.isend
+                    else torch.empty_like(op.tensor, device="cpu")
+                )
                 if op.op is dist.irecv:
                     then.append(lambda to=tensor, host=host: to.copy_(host))
                 tensor = host
@@ -98,7 +102,7 @@ def _point_to_point(wire: Wire) -> Callable[..., Any]:
 def _all_to_all(wire: Wire) -> Callable[..., Any]:
     original = dist.all_to_all_single
 
-    def call(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    def call(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group", args[2] if len(args) > 2 else None)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         splits = kwargs.get("input_split_sizes", args[1] if len(args) > 1 else None)
@@ -121,7 +125,7 @@ def _gather_like(wire: Wire, name: str) -> Callable[..., Any]:
     """Count what a ring would send: all but one of the parts, once."""
     original = getattr(dist, name)
 
-    def call(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    def call(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group")
         size = dist.get_world_size(group)
         wire.add(max(_bytes(output), _bytes(input)) * (size - 1) / size)
