@@ -177,7 +177,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if _is_dense(segments, window):
         backend = choose_backend(q.device, q.dtype, q.shape[-1]).backend
-        return backend.forward(q, k.contiguous(), v.contiguous(), segments, scale)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return backend.forward(q, k, v, segments, scale)
     out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     for rows, keys in segments:
         allowed = _allowed(rows, keys, segments.causal, window, q.device)
@@ -190,8 +191,8 @@ def _forward(
 def _backward(saved: Saved, segments: Segments, scale: float, window: Window) -> list[Tensor]:
     if _is_dense(segments, window):
         backend = choose_backend(saved.q.device, saved.q.dtype, saved.q.shape[-1]).backend
-        k, v = saved.k.contiguous(), saved.v.contiguous()
-        whole = Saved(saved.dout.contiguous(), saved.q, k, v, saved.out, saved.lse.contiguous())
+        tensors = (saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse)
+        whole = Saved(*(x.contiguous() for x in tensors))
         return list(backend.backward(whole, segments, scale, False))
     grads = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
     for rows, keys in segments:

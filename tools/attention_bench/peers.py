@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from attention_bench.flash import stand_in
+from attention_bench.report import NO_SUCH_MASK
 from torch import Tensor
 
 from dist_attn.attention import attention
@@ -78,7 +79,7 @@ def refuse(name: str, case: Case) -> str:
     size = dist.get_world_size()
     takes = {"causal", "window"} if name in (*RING, *USP) else {"causal", "window", "documents"}
     if name != "deepspeed ulysses" and case.name not in takes:
-        return "it has no such mask"
+        return NO_SUCH_MASK
     parts = 2 * size if "zigzag" in name and name not in PACKED else size
     if name != PACKED[0] and case.seq_len % parts:
         return f"it needs a length that {parts} divides"
@@ -184,7 +185,7 @@ def _alst(case: Case) -> Peer:
         out, _ = peer(layer, q, k, v, None, position_ids=in_document.to(q.device), **window)
         return out[0].unflatten(-1, (q.shape[1], q.shape[3]))
 
-    return Peer(call, positions, "documents and windows as a model states them")
+    return Peer(call, positions, "told of documents and windows as by a model")
 
 
 def _meet_in_deepspeed() -> None:

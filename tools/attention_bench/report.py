@@ -20,6 +20,8 @@ COLUMNS = (
     *("mask", "tokens", "ranks", "strategy", "error", "error / one device"),
     *("forward ms", "backward ms", "TFLOP/s", "MiB sent", "peak MiB"),
 )
+#: A note of rows that are listed below the table.
+NO_SUCH_MASK = "it has no such mask"
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,17 @@ def table(title: str, about: str, results: Sequence[Result]) -> str:
         f"| {' | '.join(COLUMNS)} | |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for r in results:
+    for r in (r for r in results if r.note != NO_SUCH_MASK):
         numbers = [r.growth, r.forward_ms, r.backward_ms, r.tflops, r.sent_mib, r.peak_mib]
         shown = ["-" if n is None else f"{n:.3g}" for n in numbers]
         error = "-" if r.error is None else f"{r.error:.1e}"
         head = [r.mask, str(r.seq_len), str(r.ranks), r.strategy, error]
         lines.append("| " + " | ".join([*head, *shown, r.note]) + " |")
+    without = {(r.mask, r.strategy): None for r in results if r.note == NO_SUCH_MASK}
+    if without:
+        by_mask = {m: [s for n, s in without if n == m] for m, _ in without}
+        listed = "; ".join(f"{m}: {', '.join(names)}" for m, names in by_mask.items())
+        lines += ["", f"Not run, because the peer has no such mask: {listed}."]
     return "\n".join(lines) + "\n"
 
 
