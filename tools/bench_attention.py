@@ -63,6 +63,7 @@ class Options:
     strategies: list[str]
     layout: str
     repeats: int
+    without_times: bool
     peers_folder: str | None
 
 
@@ -114,6 +115,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[8, 4], metavar=("QUERY", "KV"))
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="0: check and count, time nothing")
+    parser.add_argument(
+        "--without-times", action="store_true", help="for a machine that does other work too"
+    )
     parser.add_argument("--peers", help="a folder with yunchang and ring_flash_attn")
     parser.add_argument("--note", default="", help="a sentence about the machine for the table")
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
@@ -129,6 +133,7 @@ def main() -> None:
         strategies=args.strategies,
         layout=args.layout,
         repeats=args.repeats,
+        without_times=args.without_times,
         peers_folder=args.peers,
     )
     results = [r for n in args.ranks for r in run_ranks(options, n)]
@@ -145,13 +150,15 @@ def main() -> None:
 
 def about(options: Options, note: str) -> str:
     """Say what the table shows."""
+    times = f"Times are medians of {options.repeats}"
+    if options.without_times:
+        times = "No times are given, since the machine did other work too"
     return (
         f"{options.dtype}, {options.num_heads} query and {options.num_kv_heads} key/value heads of "
         f"{options.head_dim}, layout {options.layout} for our strategies, ranks of one machine "
         f"over gloo. `error` is the worst of out, dq, dk and dv against float64, relative to the "
         f"largest value; beside it the root mean square of the differences over that of one "
-        f"device. Times are medians of {options.repeats}; MiB that the busiest rank sends, forward "
-        f"and backward; peak MiB of a rank beside what it held before. Peers exchange and merge by "
+        f"device. {times}; MiB that the busiest rank sends, forward and backward; peak MiB of a rank beside what it held before. Peers exchange and merge by "
         f"their own code, around the same kernels. {note}"
     )
 
@@ -303,6 +310,8 @@ class Bench:
         seconds = statistics.median(forward) + statistics.median(backward)
         area = self.case.mask.total_area(self.case.seq_len, self.options.num_heads)
         peak = over_ranks(statistics.median(p or 0.0 for p in peaks), dist.ReduceOp.MAX)
+        if self.options.without_times:
+            return {"peak_mib": peak or None}
         return {
             "forward_ms": 1e3 * statistics.median(forward),
             "backward_ms": 1e3 * statistics.median(backward),

@@ -52,6 +52,9 @@ def table(title: str, about: str, results: Sequence[Result]) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    times = {"forward ms", "backward ms", "TFLOP/s"}
+    timed = any(r.forward_ms for r in results)
+    columns = [c for c in COLUMNS if timed or c not in times]
     lines = [
         f"# {title}",
         "",
@@ -60,11 +63,12 @@ def table(title: str, about: str, results: Sequence[Result]) -> str:
         "",
         about,
         "",
-        f"| {' | '.join(COLUMNS)} | |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        f"| {' | '.join(columns)} | |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for r in (r for r in results if r.note != NO_SUCH_MASK):
-        numbers = [r.growth, r.forward_ms, r.backward_ms, r.tflops, r.sent_mib, r.peak_mib]
+        speeds = [r.forward_ms, r.backward_ms, r.tflops] if timed else []
+        numbers = [r.growth, *speeds, r.sent_mib, r.peak_mib]
         shown = ["-" if n is None else f"{n:.3g}" for n in numbers]
         error = "-" if r.error is None else f"{r.error:.1e}"
         head = [r.mask, str(r.seq_len), str(r.ranks), r.strategy, error]
@@ -89,29 +93,36 @@ def cpu_name() -> str:
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """Draw time, rate, bytes and memory of the most ranks at the greatest length."""
-    timed = [r for r in results if r.forward_ms is not None]
-    if not timed:
+    right = [r for r in results if r.peak_mib is not None or r.forward_ms is not None]
+    if not right:
         return
-    ranks, seq_len = max(r.ranks for r in timed), max(r.seq_len for r in timed)
-    rows = [r for r in timed if r.ranks == ranks and r.seq_len == seq_len]
+    ranks, seq_len = max(r.ranks for r in right), max(r.seq_len for r in right)
+    rows = [r for r in right if r.ranks == ranks and r.seq_len == seq_len]
     masks = list(dict.fromkeys(r.mask for r in rows))
+    names = ["MiB sent", "peak MiB"]
+    if any(r.forward_ms for r in rows):
+        names = ["ms", "TFLOP/s on the mask's area", *names]
+    size = (3.2 * len(masks) + 1, 3 * len(names))
     figure, axes = plt.subplots(
-        4, len(masks), figsize=(3.2 * len(masks) + 1, 12), layout="constrained", squeeze=False
+        len(names), len(masks), figsize=size, layout="constrained", squeeze=False
     )
     for column, mask in enumerate(masks):
         some = [r for r in rows if r.mask == mask]
-        _bars(axes[0, column], some, lambda r: r.forward_ms, "forward")
-        _bars(axes[0, column], some, lambda r: r.backward_ms, "backward", lambda r: r.forward_ms)
-        _bars(axes[1, column], some, lambda r: r.tflops)
-        _bars(axes[2, column], some, lambda r: r.sent_mib)
-        _bars(axes[3, column], some, lambda r: r.peak_mib)
+        if len(names) == 4:
+            _bars(axes[0, column], some, lambda r: r.forward_ms, "forward")
+            _bars(
+                axes[0, column], some, lambda r: r.backward_ms, "backward", lambda r: r.forward_ms
+            )
+            _bars(axes[1, column], some, lambda r: r.tflops)
+            axes[0, 0].legend()
+        _bars(axes[-2, column], some, lambda r: r.sent_mib)
+        _bars(axes[-1, column], some, lambda r: r.peak_mib)
         axes[0, column].set_title(mask)
-        axes[3, column].tick_params("x", rotation=90, labelsize=7)
-        for row in range(3):
-            axes[row, column].set_xticklabels([])
-    for row, name in enumerate(("ms", "TFLOP/s on the mask's area", "MiB sent", "peak MiB")):
+        axes[-1, column].tick_params("x", rotation=90, labelsize=7)
+        for axis in axes[:-1, column]:
+            axis.set_xticklabels([])
+    for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name)
-    axes[0, 0].legend()
     figure.suptitle(f"{seq_len} tokens, {ranks} ranks of one machine")
     figure.savefig(path, dpi=100)
     plt.close(figure)
