@@ -158,8 +158,9 @@ def about(options: Options, note: str) -> str:
         f"{options.head_dim}, layout {options.layout} for our strategies, ranks of one machine "
         f"over gloo. `error` is the worst of out, dq, dk and dv against float64, relative to the "
         f"largest value; beside it the root mean square of the differences over that of one "
-        f"device. {times}; MiB that the busiest rank sends, forward and backward; peak MiB of a rank beside what it held before. Peers exchange and merge by "
-        f"their own code, around the same kernels. {note}"
+        f"device. {times}; MiB that the busiest rank sends, forward and backward; peak MiB of a "
+        f"rank beside what it held before. Peers exchange and merge by their own code, around the "
+        f"same kernels. {note}"
     )
 
 
