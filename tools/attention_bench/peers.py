@@ -83,11 +83,19 @@ def refuse(name: str, case: Case) -> str:
     parts = 2 * size if "zigzag" in name and name not in PACKED else size
     if name != PACKED[0] and case.seq_len % parts:
         return f"it needs a length that {parts} divides"
-    heads_differ = case.mask.pattern(0) != case.mask.pattern(1)
-    if name == "deepspeed ulysses" and heads_differ:
+    return _refuse_heads(name, case, size)
+
+
+def _refuse_heads(name: str, case: Case, size: int) -> str:
+    heads = case.num_kv_heads
+    if name == "deepspeed ulysses" and case.mask.pattern(0) != case.mask.pattern(1):
         return "it does not tell its attention which heads it holds"
-    degree = size if name.startswith("deepspeed") else _ulysses_degree(size) if name in USP else 1
-    return "it needs key/value heads that divide" if case.num_kv_heads % degree else ""
+    if name == "deepspeed ulysses" and heads < size:
+        return "it needs a key/value head for every rank"
+    if name == "deepspeed alst" and heads % size and size % heads:
+        return "it needs key/value heads that divide the ranks, or ranks that divide them"
+    degree = {"deepspeed ulysses": size, **dict.fromkeys(USP, _ulysses_degree(size))}.get(name, 1)
+    return "it needs key/value heads that the ranks divide" if heads % degree else ""
 
 
 def prepare(name: str, case: Case) -> Peer:
