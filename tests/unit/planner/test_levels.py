@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dist_attn.config import PlannerConfig
+from dist_attn.errors import PlanError
 from dist_attn.planner.check import check_plan
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import CostModel, GroupKind
@@ -97,3 +98,17 @@ def test_plans_without_them_keep_their_fingerprints(sixteen: tuple[Cluster, Cost
     # What the model had before it knew of levels.
     assert cost.fingerprint() == "acd2dc008938f615"
     assert replace(cost, inner_degree=4).fingerprint() != cost.fingerprint()
+
+
+def test_a_document_that_only_groups_inside_a_node_could_hold_names_the_remedy(
+    four: tuple[Cluster, CostModel],
+) -> None:
+    cluster, cost = four
+    with pytest.raises(PlanError, match=r"add a strategy in one level.*attention\.inner_degree"):
+        plan((5000,), cluster, cost, PlannerConfig(), ["ring+ring"])
+    by_two = replace(cost, inner_degree=2)
+    found = plan((5000,), cluster, by_two, PlannerConfig(), ["ring+ring"])
+    assert found.micro_batches[0].groups[0].strategy == "ring+ring"
+    with pytest.raises(PlanError) as refusal:
+        plan((50_000,), cluster, cost, PlannerConfig(), ["ring"])
+    assert "one level" not in str(refusal.value)
