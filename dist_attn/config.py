@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dist_attn.config_masks import LayerMaskConfig, NonNegative, Positive, Section
+from dist_attn.config_attention import AttentionConfig
+from dist_attn.config_masks import NonNegative, Positive, Section
 from dist_attn.errors import ConfigError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 T = typing.TypeVar("T", bound=BaseModel)
-Strategy = Literal["ring", "ulysses", "gather"]
 
 
 class RunConfig(Section):
@@ -128,17 +128,6 @@ class DataConfig(Section):
     cache_dir: str | None = None
     #: Local tokens are padded up to a multiple of this.
     pad_to_multiple: Positive = 1
-
-
-class AttentionConfig(Section):
-    """How attention may be carried out inside a group."""
-
-    strategies: Annotated[list[Strategy], Field(min_length=1)] = ["ring", "ulysses"]
-    ring_layout: Literal["zigzag", "contiguous"] = "zigzag"
-    deterministic: bool = False
-    #: What the queries of some layers see inside their document; later entries win, and layers that
-    #: none names are causal.
-    masks: list[LayerMaskConfig] = []
 
 
 class PlannerConfig(Section):

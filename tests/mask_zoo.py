@@ -19,6 +19,13 @@ def _random_blocks() -> BlockList:
     return BlockList(8, 16, listed)
 
 
+def _scores(num_k_blocks: int) -> np.ndarray:
+    """Of 12 query blocks for key blocks of about equal size: none in the future."""
+    scores = np.random.default_rng(1).random((NUM_HEADS, 12, num_k_blocks))
+    future = np.arange(num_k_blocks) * 12 > (np.arange(12)[:, None] + 1) * num_k_blocks
+    return np.where(future, -np.inf, scores)
+
+
 def zoo() -> dict[str, Mask]:
     """Masks over SEQ_LEN tokens and NUM_HEADS query heads."""
     p = patterns
@@ -49,6 +56,10 @@ def zoo() -> dict[str, Mask]:
         "growing windows": p.growing_windows(SEQ_LEN, [(3, 0.0), (7, 0.1), (2, 0.5), (1, 1.0)], 2),
         "listed blocks": _random_blocks(),
         "listed blocks, causal": _random_blocks() & Causal(),
+        "top blocks": p.top_blocks(_scores(6), 2, 8, 16) & Causal(),
+        "top variable blocks": p.top_variable_blocks(
+            _scores(7), 2, [0, 3, 3, 9, 20, 21, 30, 41, 55, 60, 72, 80, 89], CU
+        ),
         "predicate": Predicate(lambda q, k, h: (q * 7 + k * 3 + h) % 5 < 2, Window(40, 0)),
         "predicate or window": Predicate(lambda q, k, h: (q + k) % 3 == 0, Causal()) | Window(3, 3),
     }

@@ -127,7 +127,9 @@ def list_tiles(
             num_bits += len(unique)
         for i in of if per_head else of[:1]:
             tiles.append((np.full(len(row), i), row, key, kind))
-    columns = tuple(np.concatenate(c).astype(np.int64) for c in zip(*tiles, strict=True))
+    columns = tuple(
+        np.concatenate(c).astype(np.int64, copy=False) for c in zip(*tiles, strict=True)
+    )
     if len(columns[0]) == 0:
         return None
     intervals = None

@@ -11,6 +11,7 @@ import torch
 from dist_attn.data.corpus import Corpus
 from dist_attn.data.indexed import IntArray
 from dist_attn.layout import Layout, make_layout
+from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.plan import Group
 
 #: The label of a token after which nothing is predicted, as in torch's cross-entropy.
@@ -66,6 +67,7 @@ def build_local_batch(
     cp_rank: int = 0,
     layout_kind: str = "zigzag",
     pad_to_multiple: int = 1,
+    rules: LayerRules | None = None,
 ) -> LocalBatch:
     """Read this rank's share of a group's documents.
 
@@ -79,6 +81,7 @@ def build_local_batch(
         layout_kind: how the packed stream is dealt out; see `dist_attn.layout.make_layout`.
         pad_to_multiple: padding is added up to a multiple of this, and to at least one token, so
             that a rank without tokens still makes the calls that the others wait for.
+        rules: what layers see, for the `balanced` layout; None where all are causal.
     """
     degree = 1 if group is None else group.degree
     assert 0 <= cp_rank < degree
@@ -87,7 +90,10 @@ def build_local_batch(
     documents = np.asarray(document_ids, np.int64)[chosen]
     lengths = corpus.lengths[documents]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    layout = make_layout(layout_kind, cu_seqlens, degree)
+    areas = None
+    if layout_kind == "balanced" and rules is not None:
+        areas = rules.chunk_areas(cu_seqlens)
+    layout = make_layout(layout_kind, cu_seqlens, degree, chunk_areas=areas)
 
     stream = layout.positions(cp_rank)
     which = np.searchsorted(cu_seqlens, stream, side="right") - 1

@@ -1,7 +1,12 @@
 """What may attend to what: rules as data, composable with `&` and `|`."""
 
 from dist_attn.masks.base import And, Mask, Or
-from dist_attn.masks.blocks import BlockList, StridedBlocks
+from dist_attn.masks.blocks import (
+    BlockList,
+    StridedBlocks,
+    VariableBlockList,
+    listed_blocks,
+)
 from dist_attn.masks.dense import DenseForm, dense_form
 from dist_attn.masks.rules import (
     BlockCausal,
@@ -36,8 +41,10 @@ __all__ = [
     "Queries",
     "StridedBlocks",
     "TileLists",
+    "VariableBlockList",
     "Window",
     "dense_form",
+    "listed_blocks",
     "stretches",
     "tile_lists",
 ]

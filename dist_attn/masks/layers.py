@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from dist_attn.masks.rules import Causal, DocumentPrefix, Documents, IntervalRul
 #: Lengths at which areas are counted, and their ratio.
 _FIRST_LENGTH = 16
 _LENGTH_RATIO = 1.15
+#: Queries at most whose keys are counted to balance a stream.
+_COUNTED_QUERIES = 1 << 13
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,30 @@ class LayerRules:
     def mask(self, rule: int, cu_seqlens: Sequence[int] | IntArray) -> Mask:
         """The mask of a rule over packed documents."""
         return document_mask(self.rules[rule], cu_seqlens, self.num_heads, self.num_kv_heads)
+
+    def row_areas(self, cu_seqlens: Sequence[int] | IntArray, positions: IntArray) -> IntArray:
+        """Count the keys that each of some queries sees in all layers and heads together."""
+        seq_len = int(cu_seqlens[-1])
+        total = np.zeros(len(positions), dtype=np.int64)
+        for rule in self.distinct:
+            mask = self.mask(rule, cu_seqlens)
+            heads: dict[Hashable, list[int]] = {}
+            for head in range(self.num_heads):
+                heads.setdefault(mask.pattern(head), []).append(head)
+            for alike in heads.values():
+                times = self.of_layer.count(rule) * len(alike)
+                total += times * mask.row_areas(positions, seq_len, alike[0])
+        return total
+
+    def chunk_areas(self, cu_seqlens: Sequence[int] | IntArray) -> Callable[[IntArray], IntArray]:
+        """What `make_layout` balances: `row_areas`, of long streams each so manieth."""
+
+        def areas(positions: IntArray) -> IntArray:
+            step = 1 + len(positions) // _COUNTED_QUERIES
+            counted = self.row_areas(cu_seqlens, positions[::step])
+            return np.repeat(counted, step)[: len(positions)]
+
+        return areas
 
 
 def layer_rules(

@@ -18,6 +18,8 @@ from dist_attn.layout import IntArray
 #: An end beyond every position.
 NO_END = 2**62
 MAX_KEY_SETS = 8
+#: Outweighs every number of intervals that hold one point.
+NO_MORE = 1 << 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,31 +85,51 @@ def count_below(keys: IntArray, positions: IntArray) -> IntArray:
 def union_per_row(lo: IntArray, hi: IntArray) -> tuple[IntArray, IntArray]:
     """Make the columns of [n, m] intervals ascending and disjoint, covering the same positions."""
     empty = hi <= lo
-    lo, hi = np.where(empty, 0, lo), np.where(empty, 0, hi)
+    used = ~empty.all(axis=0)
+    if not used.all():
+        lo, hi, empty = lo[:, used], hi[:, used], empty[:, used]
+    if empty.any():
+        lo, hi = np.where(empty, 0, lo), np.where(empty, 0, hi)
     if lo.shape[1] < 2:
         return lo, hi
-    order = np.argsort(lo, axis=1, kind="stable")
-    lo, hi = np.take_along_axis(lo, order, 1), np.take_along_axis(hi, order, 1)
+    if (lo[:, 1:] < lo[:, :-1]).any():
+        order = np.argsort(lo, axis=1, kind="stable")
+        lo, hi = np.take_along_axis(lo, order, 1), np.take_along_axis(hi, order, 1)
     reach = np.maximum.accumulate(hi, axis=1)
-    lo[:, 1:] = np.maximum(lo[:, 1:], reach[:, :-1])
+    lo = np.concatenate([lo[:, :1], np.maximum(lo[:, 1:], reach[:, :-1])], axis=1)
     return lo, np.maximum(hi, lo)
 
 
 def subtract_per_row(
     lo: IntArray, hi: IntArray, minus_lo: IntArray, minus_hi: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Remove ascending disjoint columns from ascending disjoint columns, row by row."""
-    num_rows = lo.shape[0]
-    start = np.zeros((num_rows, 1), dtype=np.int64)
-    # An empty column must not open a gap at its own place: it stands where the one before it ends.
-    minus_hi = np.maximum.accumulate(minus_hi, axis=1)
-    gap_lo = np.concatenate([start, minus_hi], axis=1)
-    minus_lo = np.maximum(minus_lo, gap_lo[:, :-1])
-    gap_hi = np.concatenate([minus_lo, np.full((num_rows, 1), NO_END)], axis=1)
-    piece_lo = np.maximum(lo[:, :, None], gap_lo[:, None, :]).reshape(num_rows, -1)
-    piece_hi = np.minimum(hi[:, :, None], gap_hi[:, None, :]).reshape(num_rows, -1)
-    used = (piece_lo < piece_hi).any(axis=0)
-    return piece_lo[:, used], piece_hi[:, used]
+    """Remove ascending disjoint columns from ascending disjoint columns, row by row.
+
+    Memory grows with the columns of both, not with their product.
+    """
+    if minus_lo.shape[1] == 0:
+        return lo, hi
+    num_rows, num_columns = lo.shape
+    rows = np.arange(num_rows)
+    if lo.shape == minus_lo.shape:
+        # Most tiles are full or empty: where both sides are the same nothing is left.
+        rows = np.flatnonzero((lo != minus_lo).any(axis=1) | (hi != minus_hi).any(axis=1))
+    ends = [x[rows] for x in (lo, hi, minus_lo, minus_hi)]
+    points = np.concatenate(ends, axis=1)
+    order = np.argsort(points, axis=1, kind="stable")
+    points = np.take_along_axis(points, order, 1)
+    # What opens and closes at each point; intervals of no length open and close at the same one.
+    change = np.repeat([1, -1, -NO_MORE, NO_MORE], [num_columns] * 2 + [minus_lo.shape[1]] * 2)
+    inside = np.cumsum(change[order], axis=1)[:, :-1] == 1
+    inside &= points[:, :-1] < points[:, 1:]
+    found_row, found = np.nonzero(inside)
+    width = int(inside.sum(axis=1).max(initial=0))
+    column = np.arange(len(found)) - np.searchsorted(found_row, found_row)
+    left_lo = np.zeros((num_rows, width), dtype=np.int64)
+    left_hi = left_lo.copy()
+    left_lo[rows[found_row], column] = points[found_row, found]
+    left_hi[rows[found_row], column] = points[found_row, found + 1]
+    return left_lo, left_hi
 
 
 def stack_parts(parts: Iterable[Part], num_rows: int, end: int) -> tuple[IntArray, IntArray]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_attn.errors import PlanError
-from dist_attn.layout import IntArray, check_cu_seqlens
+from dist_attn.layout import FloatArray, IntArray, check_cu_seqlens
 from dist_attn.masks.base import Mask
-from dist_attn.masks.blocks import StridedBlocks
+from dist_attn.masks.blocks import BlockList, StridedBlocks, VariableBlockList
 from dist_attn.masks.rules import (
     BlockCausal,
     BlockDistance,
@@ -179,3 +179,42 @@ def growing_windows(seq_len: int, spans: Sequence[tuple[int, float]], num_sinks:
     if min(windows, default=0) < 1:
         raise PlanError(f"a window holds one token at least, got {windows} of spans {list(spans)}")
     return window_per_head(windows, num_sinks)
+
+
+def top_blocks(scores: FloatArray, num_chosen: int, block_q: int, block_k: int) -> Mask:
+    """Blocks of queries and the blocks of keys that score best for them: dynamic sparsity.
+
+    Combine it with `Causal()`; blocks in the future are to score -inf, and are not chosen then.
+
+    Source: LongCA-bench (arXiv 2510.17896), "uniform block-sparse"; MoBA (arXiv 2502.13189).
+
+    Args:
+        scores: float [heads, query blocks, key blocks]; one head's serve all heads.
+        num_chosen: key blocks of each query block.
+        block_q: tokens of a query block.
+        block_k: tokens of a key block.
+    """
+    return BlockList(block_q, block_k, _best(scores, num_chosen))
+
+
+def top_variable_blocks(
+    scores: FloatArray, num_chosen: int, cu_q: Boundaries, cu_k: Boundaries
+) -> Mask:
+    """`top_blocks` of blocks with given boundaries.
+
+    Source: LongCA-bench (arXiv 2510.17896), "variable block-sparse".
+    """
+    blocks = _best(scores, num_chosen)
+    return VariableBlockList(check_cu_seqlens(cu_q), check_cu_seqlens(cu_k), blocks)
+
+
+def _best(scores: FloatArray, num_chosen: int) -> IntArray:
+    if scores.ndim != 3 or not num_chosen >= 1:
+        raise PlanError(
+            f"scores are [heads, query blocks, key blocks] and one block at least is chosen, got "
+            f"{scores.shape} and {num_chosen}"
+        )
+    num_chosen = min(num_chosen, scores.shape[2])
+    best = np.argpartition(-scores, num_chosen - 1, axis=2)[:, :, :num_chosen]
+    worth = np.take_along_axis(scores, best, axis=2) > -np.inf
+    return np.where(worth, best, -1)

@@ -108,8 +108,9 @@ def tile_lists(mask: Mask, q_stretches: IntArray, k_stretches: IntArray, head: i
         head: the query head.
     """
     first, last = q_stretches[:, 0], q_stretches[:, 1]
-    touched = [_touched_tiles(p, k_stretches) for p in mask.touched(first, last, head)]
-    full = [_full_tiles(p, k_stretches) for p in mask.full(first, last, head)]
+    tiles = _KeyTiles(k_stretches)
+    touched = [tiles.touched(p) for p in mask.touched(first, last, head)]
+    full = [tiles.full(p) for p in mask.full(first, last, head)]
     num_rows, num_keys = len(q_stretches), len(k_stretches)
     full_slices: list[Slices] = []
     partial_slices: list[Slices] = []
@@ -132,25 +133,50 @@ def tile_lists(mask: Mask, q_stretches: IntArray, k_stretches: IntArray, head: i
     return TileLists(tuple(full_slices), tuple(partial_slices), num_rows, num_keys)
 
 
-def _touched_tiles(part: Part, k_stretches: IntArray) -> Part:
-    """Turn keys into the tiles that hold one of them."""
-    lo = np.searchsorted(k_stretches[:, 1], part.lo, side="left")
-    hi = np.searchsorted(k_stretches[:, 0], part.hi, side="left")
-    # An empty interval touches nothing, also where it lies inside a tile.
-    hi = np.where(part.hi > part.lo, hi, lo)
-    if part.keys is None:
-        return Part(lo, hi)
-    return Part(lo, hi, _runs(_held(part.keys, k_stretches) > 0))
+class _KeyTiles:
+    """From keys to the tiles of keys that they lie in."""
+
+    def __init__(self, stretches: IntArray) -> None:
+        self._stretches = stretches
+        self._first = _Marks(stretches[:, 0])
+        self._last = _Marks(stretches[:, 1])
+
+    def touched(self, part: Part) -> Part:
+        """Turn keys into the tiles that hold one of them."""
+        lo, hi = self._last.below(part.lo), self._first.below(part.hi)
+        # An empty interval touches nothing, also where it lies inside a tile.
+        hi = np.where(part.hi > part.lo, hi, lo)
+        if part.keys is None:
+            return Part(lo, hi)
+        return Part(lo, hi, _runs(_held(part.keys, self._stretches) > 0))
+
+    def full(self, part: Part) -> Part:
+        """Turn keys into the tiles that hold nothing else."""
+        lo, hi = self._first.below(part.lo), self._last.below(part.hi)
+        if part.keys is None:
+            return Part(lo, hi)
+        size = self._stretches[:, 1] + 1 - self._stretches[:, 0]
+        return Part(lo, hi, _runs(_held(part.keys, self._stretches) == size))
 
 
-def _full_tiles(part: Part, k_stretches: IntArray) -> Part:
-    """Turn keys into the tiles that hold nothing else."""
-    lo = np.searchsorted(k_stretches[:, 0], part.lo, side="left")
-    hi = np.searchsorted(k_stretches[:, 1], part.hi, side="left")
-    if part.keys is None:
-        return Part(lo, hi)
-    size = k_stretches[:, 1] + 1 - k_stretches[:, 0]
-    return Part(lo, hi, _runs(_held(part.keys, k_stretches) == size))
+class _Marks:
+    """Ascending positions, and how many of them are below others.
+
+    Those of tokens in sequence are evenly spaced but for the last, and need no search.
+    """
+
+    def __init__(self, marks: IntArray) -> None:
+        self._marks = np.ascontiguousarray(marks)
+        steps = np.diff(marks[:-1])
+        self._step = int(steps[0]) if len(steps) and (steps == steps[0]).all() else 0
+
+    def below(self, positions: IntArray) -> IntArray:
+        """Return for each position the number of marks below it."""
+        if not self._step:
+            return np.searchsorted(self._marks, positions, side="left").astype(np.int64)
+        reached = (positions - self._marks[0] + self._step - 1) // self._step
+        evenly = np.clip(reached, 0, len(self._marks) - 1)
+        return np.asarray(evenly + (positions > self._marks[-1]), dtype=np.int64)
 
 
 def _held(keys: IntArray, k_stretches: IntArray) -> IntArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -84,10 +85,11 @@ def cost_model(
     config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
 ) -> CostModel:
     """The derived cost model of a run whose documents have up to `longest` tokens."""
-    return CostModel.derive(
+    cost = CostModel.derive(
         shape,
         cluster,
         config.engine.zero_stage,
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )
+    return replace(cost, inner_degree=config.attention.inner_degree)

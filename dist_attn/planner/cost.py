@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dist_attn.errors import PlanError
 from dist_attn.planner.cluster import Cluster, fingerprint
+from dist_attn.planner.levels import Levels, inner_size
 from dist_attn.planner.shape import ModelShape
 
 IntArray = npt.NDArray[np.int64]
@@ -91,6 +92,8 @@ class CostModel:
       stays inside. Key/value heads are repeated up to d where there are fewer.
     - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients.
       Each document's exchange is hidden behind that document's own attention; the excess counts.
+    - gather: as ring, which it is at most.
+    - two levels: see `dist_attn.planner.levels`.
     - fixed: the cluster's micro-batch overhead and the latencies of every layer's exchanges
       (d - 1 messages for a ring and d for its gradients, log2 d for an all-to-all).
     """
@@ -110,6 +113,8 @@ class CostModel:
     #: layers and heads; empty for causal layers. See `dist_attn.masks.layers.mean_area`.
     area_lengths: tuple[int, ...] = ()
     area_pairs: tuple[float, ...] = ()
+    #: Ranks of a node for strategies in two levels; None: the cluster's own nodes.
+    inner_degree: int | None = None
     #: Where the coefficients come from: `derived` or a calibration file.
     source: str = field(default="derived", compare=False)
 
@@ -162,7 +167,11 @@ class CostModel:
         )
 
     def allows(self, kind: GroupKind) -> bool:
-        """All-to-all gives every rank at least one query head."""
+        """All-to-all gives every rank at least one query head; two levels need whole nodes."""
+        if "+" in kind.strategy:
+            levels = self._levels(kind)
+            heads = self.shape.num_heads if kind.strategy.startswith("ulysses") else kind.degree
+            return levels is not None and levels.inner <= heads
         return kind.strategy != "ulysses" or kind.degree <= self.shape.num_heads
 
     def fixed_s(self, kind: GroupKind) -> float:
@@ -171,6 +180,10 @@ class CostModel:
             return self.micro_batch_overhead_s
         latency_s = (self.inter_node if kind.crosses_nodes else self.intra_node).latency_s
         forwards = 2 if self.shape.gradient_checkpointing else 1
+        levels = self._levels(kind)
+        if levels is not None:
+            latency_s = levels.latency_s(forwards)
+            return self.micro_batch_overhead_s + self.shape.num_layers * latency_s
         if kind.strategy == "ulysses":
             # Two all-to-alls each way.
             messages = (forwards + 1) * 2 * math.log2(kind.degree)
@@ -190,9 +203,13 @@ class CostModel:
             return np.zeros(len(lengths))
         if kind.strategy == "ulysses":
             return np.asarray(self._ulysses_s_per_token(kind) * lengths, dtype=np.float64)
-        exchange = self._ring_s_per_token(kind) * lengths
+        exposed, hideable = 0.0, self._ring_s_per_token(kind)
+        levels = self._levels(kind)
+        if levels is not None:
+            exposed, hideable = levels.seconds_per_token(self.shape)
         hidden = self.ring_overlap * self._attention_s(kind, lengths) / kind.degree
-        return np.asarray(np.maximum(exchange - hidden, 0.0), dtype=np.float64)
+        excess = np.maximum(hideable * lengths - hidden, 0.0)
+        return np.asarray(exposed * lengths + excess, dtype=np.float64)
 
     def capacity_tokens(self, kind: GroupKind) -> int:
         """Tokens that a rank of this kind of device can hold: its memory, or the configured cap."""
@@ -222,7 +239,19 @@ class CostModel:
         """A short hash of the coefficients."""
         data = asdict(self)
         data.pop("source")
+        if self.inner_degree is None:
+            data.pop("inner_degree")  # so that plans without it keep their fingerprint
         return fingerprint(data)
+
+    def _levels(self, kind: GroupKind) -> Levels | None:
+        if "+" not in kind.strategy:
+            return None
+        inner = inner_size(kind, self.inner_degree, self.devices_per_node)
+        if inner is None:
+            return None
+        outer_link = self.inter_node if kind.crosses_nodes else self.intra_node
+        outer = kind.degree // inner
+        return Levels(kind.strategy, inner, outer, self.intra_node, outer_link)
 
     def _linear_s(self, kind: GroupKind) -> float:
         devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)

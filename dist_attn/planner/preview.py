@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_attn.planner.figure import figure
+from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.page import page
 from dist_attn.planner.plan import Group, Plan
 
@@ -126,7 +127,7 @@ def _row(micro_batch: str, index: int, groups: list[Group]) -> tuple[str, ...]:
     first = groups[0]
     degree = f"{len(groups)}x{first.degree}" if many else str(first.degree)
     if first.degree > 1:
-        degree += {"ring": "r", "ulysses": "u"}.get(first.strategy, "")
+        degree += strategy_letters(first.strategy)
     ranks = ranks_text(tuple(r for g in groups for r in g.ranks))
     return (
         micro_batch,

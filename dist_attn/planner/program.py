@@ -99,7 +99,7 @@ def build_program(
         fitting = ordered[fits]
         seconds[row, fits] = cost.compute_s(c.kind, fitting) + cost.communication_s(c.kind, fitting)
     if not np.isfinite(seconds.min(axis=0)).all():
-        raise PlanError(_too_long(ordered, order, classes, planner))
+        raise PlanError(_too_long(ordered, order, classes, planner) + _hint(strategies))
     nodes = tuple(tuple(len(node) for node in pool) for pool in cluster.pools)
     return Program(
         lengths=ordered,
@@ -182,6 +182,15 @@ def _pools(cluster: Cluster, degrees: list[int]) -> list[tuple[int, int, int, bo
     if len(found) > 1:
         found.append((-1, cluster.world_size, 1, False))
     return found
+
+
+def _hint(strategies: Sequence[str]) -> str:
+    if not all("+" in s for s in strategies):
+        return ""
+    return (
+        f"; or add a strategy in one level to attention.strategies: {', '.join(strategies)} take "
+        f"groups of several whole nodes only, or of several times attention.inner_degree ranks"
+    )
 
 
 def _too_long(

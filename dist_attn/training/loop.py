@@ -19,6 +19,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import (
@@ -200,7 +201,9 @@ class _Run:
             load_checkpoint(checkpoint, self._engine, runtime)
         shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
         rules = layer_rules_of(config, shape)
-        self._runner = StepRunner(self._engine, self._corpus, config, runtime, self._pool, rules)
+        self._runner = StepRunner(
+            self._engine, self._corpus, config, runtime, self._pool, rules, self._plans.node_of
+        )
 
     def go(self, state: TrainState, mark: Mark) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
@@ -221,10 +224,14 @@ class _Run:
 
     def _introduce(self, reporter: Reporter, state: TrainState) -> None:
         runtime, engine = self._runtime, self._config.engine
+        legend = ", ".join(
+            f"{strategy_letters(s)} {s.replace('ulysses', 'Ulysses')}"
+            for s in self._config.attention.strategies
+        )
         reporter.say(f"corpus: {self._corpus.report}")
         reporter.say(
             f"{runtime.world_size} ranks on {runtime.device.type}, {_describe(engine)}, "
-            f"{self._config.model.dtype}; groups below: degree, r ring, u Ulysses, "
+            f"{self._config.model.dtype}; groups below: degree, {legend}, "
             f"+ at a time, | one after another"
         )
         if state.step:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from dist_attn.config import LoggingConfig
+from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import figure
 from dist_attn.training.run_folder import RunFolder
@@ -53,14 +54,14 @@ class StepMetrics:
 
 
 def describe_groups(plan: Plan) -> str:
-    """A plan in short: micro-batches by `|`, degrees by `+`, r and u for ring and Ulysses.
+    """A plan in short: micro-batches by `|`, degrees by `+`, letters for strategies.
 
     Equal micro-batches and equal groups are counted: `2x(4r) | 3x1+5u`.
     """
     parts = []
     for micro_batch in plan.micro_batches:
         groups = Counter(
-            f"{g.degree}{'' if g.degree == 1 else g.strategy[0]}"
+            f"{g.degree}{'' if g.degree == 1 else strategy_letters(g.strategy)}"
             for g in sorted(micro_batch.groups, key=lambda g: -g.degree)
         )
         parts.append("+".join(f"{n}x{g}" if n > 1 else g for g, n in groups.items()))

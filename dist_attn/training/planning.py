@@ -32,6 +32,11 @@ class PlanSource:
         self._pending: dict[int, tuple[int, ...]] = {}
         self._solver = SolverProcess(problem, problem.config.give_up_s)
 
+    @property
+    def node_of(self) -> tuple[int, ...]:
+        """The node of every rank that plans know."""
+        return self._problem.cluster.node_of
+
     def prepare(self, step: int, lengths: tuple[int, ...]) -> None:
         """Begin to solve a coming step, unless its plan is there already. Rank 0 works."""
         if not self._runtime.is_main or step in self._pending or self._given is not None:

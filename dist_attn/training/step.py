@@ -50,6 +50,7 @@ class StepRunner:
         runtime: Runtime,
         pool: GroupPool,
         rules: LayerRules | None = None,
+        node_of: tuple[int, ...] = (),
     ) -> None:
         self._engine = engine
         self._corpus = corpus
@@ -58,7 +59,11 @@ class StepRunner:
         self._pool = pool
         self._rules = rules
         self._topology = Topology(
-            runtime.world_size, runtime.rank, config.engine.tensor_parallel_degree
+            runtime.world_size,
+            runtime.rank,
+            config.engine.tensor_parallel_degree,
+            node_of,
+            config.attention.inner_degree,
         )
 
     def accumulate(
@@ -140,7 +145,9 @@ class StepRunner:
     ) -> tuple[LocalBatch, AttentionContext]:
         """This rank's tensors of a micro-batch, and how their attention is carried out."""
         topology = self._topology
-        self._pool.ensure(s for g in micro_batch.groups for s in topology.everyone(g.ranks))
+        self._pool.ensure(
+            s for g in micro_batch.groups for s in topology.rank_sets(g.ranks, g.strategy)
+        )
         group = self._group(micro_batch)
         comm = self._comm_group(group)
         batch = build_local_batch(
@@ -150,6 +157,7 @@ class StepRunner:
             cp_rank=comm.cp_rank,
             layout_kind=self._layout_kind(group),
             pad_to_multiple=self._config.data.pad_to_multiple,
+            rules=self._rules,
         )
         context = local_context(
             batch, comm, self._rules, deterministic=self._config.attention.deterministic
@@ -159,11 +167,12 @@ class StepRunner:
     def _comm_group(self, group: Group | None) -> CommGroup:
         if group is None:
             return single_rank_group(self._runtime.rank)
-        return self._pool.get(self._topology.members(group.ranks))
+        inner_size = self._topology.inner_size(group.ranks, group.strategy)
+        return self._pool.get(self._topology.members(group.ranks), inner_size)
 
     def _layout_kind(self, group: Group | None) -> str:
         # All-to-all gives each rank whole sequences of some heads: any layout is balanced.
-        if group is None or group.strategy not in ("ring", "gather"):
+        if group is None or group.strategy in ("local", "ulysses"):
             return "contiguous"
         return self._config.attention.ring_layout
 

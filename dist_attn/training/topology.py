@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dist_attn.errors import ConfigError
+from dist_attn.groups import two_level_sets
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,21 @@ class Topology:
 
     Attention runs among the ranks of equal tensor rank: each of them holds the same tokens as its
     neighbours and its own share of the heads.
+
+    Attributes:
+        world_size: ranks that run.
+        rank: the calling one.
+        tensor_parallel_degree: ranks that hold one model between them.
+        node_of: each planner rank's node; empty: all are on one.
+        inner_degree: planner ranks of a node for strategies in two levels; None: those of a group
+            that are on one node.
     """
 
     world_size: int
     rank: int
     tensor_parallel_degree: int = 1
+    node_of: tuple[int, ...] = ()
+    inner_degree: int | None = None
 
     def __post_init__(self) -> None:
         if self.world_size % self.tensor_parallel_degree:
@@ -51,3 +64,25 @@ class Topology:
         degree = self.tensor_parallel_degree
         ranks = tuple(plan_ranks)
         return [tuple(p * degree + s for p in ranks) for s in range(degree)]
+
+    def inner_size(self, plan_ranks: Iterable[int], strategy: str) -> int | None:
+        """Ranks of each node of a planned group, None for strategies in one level.
+
+        Nodes that hold different numbers of the group's ranks are cut into equal parts.
+        """
+        ranks = tuple(plan_ranks)
+        if "+" not in strategy:
+            return None
+        if self.inner_degree is not None:
+            return self.inner_degree
+        nodes = [self.node_of[r] if self.node_of else 0 for r in ranks]
+        return math.gcd(*(len(list(run)) for _, run in itertools.groupby(nodes)))
+
+    def rank_sets(self, plan_ranks: Iterable[int], strategy: str) -> list[tuple[int, ...]]:
+        """All sets of ranks that communicate when a planned group computes."""
+        ranks = tuple(plan_ranks)
+        inner_size = self.inner_size(ranks, strategy)
+        sets = self.everyone(ranks)
+        if inner_size is None:
+            return sets
+        return [s for members in sets for s in two_level_sets(members, inner_size)]

@@ -49,10 +49,15 @@ STRATEGIES = ("ring", "ulysses")
 
 
 def config_of(
-    stage: int, cache: str, pad: int = 1, dtype: str = "fp32", masks: tuple = ()
+    stage: int,
+    cache: str,
+    pad: int = 1,
+    dtype: str = "fp32",
+    masks: tuple = (),
+    attention: dict | None = None,
 ) -> Config:
     return Config(
-        attention={"masks": list(masks)},
+        attention={"masks": list(masks), **(attention or {})},
         model=ModelConfig(dtype=dtype, num_heads=4, num_kv_heads=2),
         data=DataConfig(
             max_document_tokens=700, overlong="split", cache_dir=cache, pad_to_multiple=pad
@@ -134,9 +139,11 @@ def run_plans(
     device: str = "cpu",
     dtype: str = "fp32",
     masks: tuple = (),
+    *,
+    attention: dict | None = None,
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Errors of every case, on one engine; and of a control whose loss weight is wrong."""
-    config = config_of(stage, cache, pad, dtype, masks)
+    config = config_of(stage, cache, pad, dtype, masks, attention)
     rank, size = dist.get_rank(), dist.get_world_size()
     runtime = Runtime(rank, size, rank, size, torch.device(device))
     corpus = open_corpus(config.data, Path(cache))
@@ -237,6 +244,44 @@ def test_masks_of_layers(cache: str, expected: tuple[float, dict[str, Tensor]]) 
             assert loss_error <= LOSS_TOLERANCE, case
             assert gradient_error <= GRADIENT_TOLERANCE, case
     # The control: without the masks the gradients are others.
+    _, different = errors(expected[0], expected[1], sparse)
+    assert different > 100 * GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["balanced", pytest.param("striped", marks=pytest.mark.slow)])
+def test_two_levels_and_layouts(
+    cache: str, expected: tuple[float, dict[str, Tensor]], layout: str
+) -> None:
+    """Two nodes of two ranks; every strategy on tokens dealt out by chunks or one by one."""
+    two_levels = ["ulysses+ring", "ulysses+gather", "ring+ring"]
+    attention = {"strategies": two_levels, "inner_degree": 2, "ring_layout": layout}
+    cases = [*(("4", s) for s in (*two_levels, "gather")), ("2+2", "ring")]
+    args = (run_plans, 4, cache, 3, [*cases, ("control", "ring")], expected, 1, "cpu", "fp32")
+    for by_case in run_ranks(*args, attention=attention, timeout_s=120):
+        control = by_case.pop(("control", "ring"))
+        assert len(by_case) == len(cases)
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+        assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+def test_two_levels_under_masks_of_layers(
+    cache: str, expected: tuple[float, dict[str, Tensor]]
+) -> None:
+    """S2 heads that differ, and a window, balanced by what all layers compute."""
+    masks = (
+        {"kind": "s2", "block_tokens": 16, "local_blocks": 2, "stride_blocks": 4},
+        {"kind": "window", "layers": [1], "window_tokens": 50, "sink_tokens": 3},
+    )
+    sparse = run_ranks(reference, 1, cache, masks)[0]
+    two_levels = ["ulysses+ring", "ulysses+gather", "ring+ring"]
+    attention = {"strategies": two_levels, "inner_degree": 2, "ring_layout": "balanced"}
+    args = (run_plans, 4, cache, 2, [("4", s) for s in two_levels], sparse, 64, "cpu", "fp32")
+    for by_case in run_ranks(*args, masks, attention=attention, timeout_s=120):
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
     _, different = errors(expected[0], expected[1], sparse)
     assert different > 100 * GRADIENT_TOLERANCE
 

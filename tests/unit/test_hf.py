@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
-from dist_attn.errors import ConfigError
+from dist_attn.errors import ConfigError, PlanError
 from dist_attn.groups import single_rank_group
 from dist_attn.integrations.hf import ATTENTION_NAME, build_model, register_attention
 from dist_attn.layout import make_layout
@@ -146,9 +154,48 @@ def test_what_attention_cannot_honour_is_refused() -> None:
         model(**call, attention_context=context, attention_mask=torch.ones(1, 48))
     with pytest.raises(ValueError, match="cannot honour sliding_window"):
         model(**call, attention_context=context, sliding_window=4)
+    # A ready 4-D mask passes by the maker of masks; attention itself refuses it.
+    dense = torch.ones(1, 1, 48, 48, dtype=torch.bool)
+    with pytest.raises(ValueError, match="cannot honour attention_mask"):
+        model(**call, attention_context=context, attention_mask=dense)
+    # One more token after a cache of 48 is not what the context describes.
+    cache = model(**{**call, "use_cache": True}, attention_context=context).past_key_values
+    more = {"input_ids": ids[:, :1], "position_ids": positions[:, :1], "past_key_values": cache}
+    with pytest.raises(PlanError, match="gives 48 tokens"):
+        model(**more, use_cache=True, attention_context=context)
     twice = {"input_ids": ids.repeat(2, 1), "position_ids": positions.repeat(2, 1)}
     with pytest.raises(ValueError, match="batch 1"):
         model(**twice, use_cache=False, attention_context=context)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "says"),
+    [
+        (LlamaConfig, {"attention_dropout": 0.1}, "dropout"),
+        (MistralConfig, {"sliding_window": 4}, "sliding_window"),
+        (
+            Qwen2Config,
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+            "sliding_window",
+        ),
+        (Gemma2Config, {"head_dim": 8}, "sliding_window, softcap"),
+        (GptOssConfig, {"head_dim": 8}, "sliding_window, s_aux"),
+    ],
+)
+def test_models_whose_attention_is_another_are_refused(kind: type, extra: dict, says: str) -> None:
+    """Windows, score caps, sinks and dropout of the model's own are never silently left out."""
+    register_attention()
+    model = AutoModelForCausalLM.from_config(
+        kind(**SIZES, **extra), attn_implementation=ATTENTION_NAME
+    ).train()
+    ids, _, positions = packed(LENGTHS)
+    with pytest.raises(ValueError, match=f"cannot honour {says}"):
+        model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            attention_context=context_of(LENGTHS),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+#: Sections of the configuration in files of their own.
+CONFIG_PARTS = sorted(f"dist_attn.{path.stem}" for path in (ROOT / "dist_attn").glob("config_*.py"))
 #: Lower rows may import higher ones, not the other way round.
 ROWS = [
     ["dist_attn_kernels"],
-    ["dist_attn.config", "dist_attn.config_masks", "dist_attn.errors"],
+    ["dist_attn.config", *CONFIG_PARTS, "dist_attn.errors"],
     ["dist_attn.masks", "dist_attn.layout", "dist_attn.groups", "dist_attn.peer_memory"],
     ["dist_attn.comm"],
     ["dist_attn.attention"],
@@ -27,7 +29,7 @@ FRAMEWORKS = ("transformers", "deepspeed", "megatron", "peft")
 #: What `dist-attn plan` and the solver's process import must not bring torch along.
 WITHOUT_TORCH = [
     "dist_attn.config",
-    "dist_attn.config_masks",
+    *CONFIG_PARTS,
     "dist_attn.errors",
     "dist_attn.masks",
     "dist_attn.planner",

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.errors import ConfigError
+from dist_attn.layout import make_layout
 from dist_attn.masks.layers import document_mask, layer_rules, mean_area
 from dist_attn.planner.cluster import local_cluster
 from dist_attn.planner.cost import CostModel
@@ -147,3 +148,35 @@ def test_the_picture_has_a_panel_for_each_rule() -> None:
     drawn = figure.axes[1].images[0].get_array()
     exact = np.mean([expected(rules.rules[1], 72, head) for head in range(4)], axis=0)
     assert np.array_equal(drawn, exact)
+
+
+@pytest.mark.parametrize("cp_size", [4, 8])
+def test_a_balanced_layout_evens_out_what_all_layers_compute(cp_size: int) -> None:
+    """A window, S2 and plain layers over documents with a long tail, among them a very long one."""
+    configs = [
+        LayerMaskConfig(kind="window", layers=":4", window_tokens=300, sink_tokens=4),
+        LayerMaskConfig(kind="s2", layers="4:7", block_tokens=32, local_blocks=4, stride_blocks=4),
+    ]
+    rules = layer_rules(configs, 8, 8, 4)
+    assert rules is not None
+    lengths = np.random.default_rng(3).lognormal(5.5, 1.4, 60).astype(int) + 1
+    cu = np.concatenate([[0], np.cumsum([*lengths, 20_000])])
+    every = np.arange(cu[-1])
+    areas = rules.row_areas(cu, every)
+    # Counted by hand at a few queries.
+    for q in (0, 5000, int(cu[-1]) - 1):
+        seen = 0
+        for layer in range(8):
+            mask = rules.mask(rules.of_layer[layer], cu)
+            seen += sum(int(mask.allows(np.array([q]), every, h).sum()) for h in range(8))
+        assert areas[q] == seen
+    layouts = {
+        "balanced": make_layout("balanced", cu, cp_size, chunk_areas=rules.chunk_areas(cu)),
+        "contiguous": make_layout("contiguous", cu, cp_size),
+    }
+    worst = {
+        kind: max(areas[x.positions(r)].sum() for r in range(cp_size)) * cp_size / areas.sum()
+        for kind, x in layouts.items()
+    }
+    assert worst["balanced"] < 1.05
+    assert worst["contiguous"] > 1.2

@@ -1,5 +1,8 @@
 """Every token on exactly one rank, shares as equal as they can be, at any lengths."""
 
+import gzip
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +90,33 @@ def test_balanced_is_within_5_percent_on_long_tails(seed):
     assert max(layout.local_seq_lens) - min(layout.local_seq_lens) <= 2 * chunk
     striped = causal_area(make_layout("contiguous", cu, 8), cu)
     assert max(striped) > 1.05 * np.mean(striped)
+
+
+LENGTHS_OF_WIKIPEDIA = (
+    Path(__file__).resolve().parents[3] / "shared" / "data" / "wikipedia_lengths.txt.gz"
+)
+
+
+@pytest.mark.skipif(
+    not LENGTHS_OF_WIKIPEDIA.is_file(), reason=f"no lengths at {LENGTHS_OF_WIKIPEDIA}"
+)
+@pytest.mark.parametrize("cp_size", [2, 8, 32])
+def test_balanced_is_within_5_percent_on_real_lengths(cp_size):
+    """Streams of some 128K tokens of consecutive real documents, and one with a very long one."""
+    with gzip.open(LENGTHS_OF_WIKIPEDIA, "rt") as lines:
+        lengths = np.array([int(line) for line in lines])
+    longest = np.flatnonzero((lengths > 60_000) & (lengths < 120_000))[:3]
+    starts = [*range(0, 5000, 500), *(longest - 20)]
+    for start in starts:
+        stream = lengths[start:]
+        stream = stream[: max(1, np.searchsorted(np.cumsum(stream), 1 << 17))]
+        cu = np.concatenate([[0], np.cumsum(stream)])
+        layout = make_layout("balanced", cu, cp_size)
+        layout.validate()
+        area = causal_area(layout, cu)
+        assert max(area) < 1.05 * np.mean(area), start
+        tokens = layout.local_seq_lens
+        assert max(tokens) < 1.05 * np.mean(tokens), start
 
 
 def test_balanced_follows_the_area_it_is_given():

@@ -60,6 +60,9 @@ def expected(corpus, document_ids):
     return found
 
 
+LAYOUTS = ["contiguous", "zigzag", "striped", "balanced"]
+
+
 @st.composite
 def plans(draw):
     """Document ids of a batch, dealt to groups of random degrees; groups may be empty."""
@@ -74,7 +77,7 @@ def plans(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(plan=plans(), kind=st.sampled_from(["contiguous", "zigzag"]), multiple=st.integers(1, 8))
+@given(plan=plans(), kind=st.sampled_from(LAYOUTS), multiple=st.integers(1, 8))
 def test_ranks_together_hold_the_documents_exactly_once(corpus, plan, kind, multiple):
     ids, groups = plan
     held, num_valid = [], 0
@@ -96,7 +99,7 @@ def test_ranks_together_hold_the_documents_exactly_once(corpus, plan, kind, mult
     assert sorted(held[:-1]) != sorted(expected(corpus, ids))
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_tokens_stand_where_the_layout_says(corpus, kind, degree):
     ids = np.array([9, 3, 0, 30, 17])
