@@ -106,7 +106,7 @@ class CudaBackend:
     plans for every new shape. So flash attention takes a call or a shape until it has lost about as
     much time as that takes, and the others from then on: at worst twice as slow as knowing
     beforehand. Where several would do, the block-sparse kernels go first: they take all segments
-    at once, and their gradients repeat bit by bit.
+    at once, and their gradients repeat bit by bit. cuDNN is ahead in the backward of long segments.
 
     Args:
         refused: why the backends "block_sparse" and "cudnn" are never used, by name.
@@ -122,6 +122,10 @@ class CudaBackend:
     list_scores = 2**32
     #: Scores of a head up to which lists are built: they grow like these, 2 bytes for a thousand.
     max_list_scores = 2**31
+    #: Tokens on both sides from which all segments go to cuDNN in a backward that need not repeat
+    #: bit by bit. Measured on an H100, causal 32k: 556 TFLOP/s against 493 by lists, while the
+    #: forward has 628 against 646.
+    long_tokens = 8192
     #: Shapes that are remembered.
     max_shapes = 4096
 
@@ -147,10 +151,23 @@ class CudaBackend:
         """See `Backend`."""
         parts = [
             backend.backward(saved.segment(q, k), run, softmax_scale, deterministic)
-            for backend, run, q, k in self._runs(segments, saved.q.shape[1], deterministic)
+            for backend, run, q, k in self._backward_runs(
+                segments, saved.q.shape[1], deterministic
+            )
         ]
         dqs, dks, dvs = zip(*parts, strict=True)
         return _join(dqs, 0), _join(dks, 0), _join(dvs, 0)
+
+    def _backward_runs(
+        self, segments: Segments, num_heads: int, deterministic: bool
+    ) -> list[tuple[Backend, Segments, slice, slice]]:
+        shortest = min((min(shape) for shape, _ in segments.shapes), default=0)
+        if not deterministic and shortest >= self.long_tokens:
+            use_cudnn = self._paid(segments, num_heads)
+            if use_cudnn and all(use_cudnn):
+                whole = slice(0, segments.cu_q[-1]), slice(0, segments.cu_k[-1])
+                return [(self.cudnn, segments, *whole)]
+        return self._runs(segments, num_heads, deterministic)
 
     def why_not_lists(self, segments: Segments, num_heads: int) -> str | None:
         """Say why the block-sparse kernels do not take a call now, or None if they do."""

@@ -1,5 +1,6 @@
 """The choice of a dense kernel: by capability, and on CUDA by what a plan costs."""
 
+import itertools
 import timeit
 
 import pytest
@@ -172,3 +173,35 @@ def test_the_cpu_kernel_reads_the_right_heads(groups_heads):
         saved = Saved(dout, q, k, v, out, lse)
         results.append((out, lse, *b.backward(saved, segments, 0.5, False)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "deterministic", "taken_by"),
+    [((1100,), False, "cudnn"), ((1100, 1200), False, "cudnn"), ((1100, 30), False, "lists"),
+     ((1100,), True, "lists")],
+)  # fmt: skip
+def test_the_backward_of_long_segments_goes_to_cudnn(lengths, deterministic, taken_by):
+    cuda = CudaBackend({})
+    cuda.lists, cuda.cudnn, cuda.flash = (RecorderOfBackwards() for _ in range(3))
+    cuda.list_scores, cuda.plan_scores, cuda.long_tokens = 0, 0, 1024
+    cu = (0, *itertools.accumulate(lengths))
+    segments = Segments(cu, cu, False)
+    q, k = torch.randn(cu[-1], 2, 4), torch.randn(cu[-1], 1, 4)
+    out, lse = ReferenceBackend().forward(q, k, k, segments, 0.5)
+    saved = Saved(torch.randn_like(out), q, k, k, out, lse)
+    got = cuda.backward(saved, segments, 0.5, deterministic)
+    assert getattr(cuda, taken_by).num_backwards == 1
+    assert sum(b.num_backwards for b in (cuda.lists, cuda.cudnn, cuda.flash)) == 1
+    want = ReferenceBackend().backward(saved, segments, 0.5, False)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class RecorderOfBackwards(ReferenceBackend):
+    """Computes, and counts the backwards that it was asked for."""
+
+    num_backwards = 0
+
+    def backward(self, saved, segments, softmax_scale, deterministic):
+        self.num_backwards += 1
+        return super().backward(saved, segments, softmax_scale, deterministic)
