@@ -172,7 +172,8 @@ class _Run:
         self._folder = folder
         self._corpus = corpus
         self._plans = plans
-        self._pool = GroupPool(64 * config.engine.tensor_parallel_degree)
+        capacity = 64 * config.engine.tensor_parallel_degree
+        self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
         self._nonfinite = NonFinitePolicy(config.run.nonfinite, corpus.name, speaks=runtime.is_main)
         self._mark: Mark
