@@ -26,7 +26,7 @@ class AttentionConfig(Section):
     #: in turn. `contiguous`: rank after rank, which keeps windows at hand.
     ring_layout: Literal["zigzag", "balanced", "striped", "contiguous"] = "zigzag"
     deterministic: bool = False
-    #: GPUs of one host copy keys into each other's memory, where they can, instead of NCCL's kernels.
+    #: GPUs of one host copy keys to each other where they can; else NCCL sends them.
     copy_engines: bool = True
     #: What the queries of some layers see inside their document; later entries win, and layers that
     #: none names are causal.
