@@ -8,7 +8,8 @@ from pathlib import Path
 from dist_attn.config import load_config
 from dist_attn.errors import CheckpointError, ConfigError
 from dist_attn.integrations.hf import save_for_transformers
-from dist_attn.training.checkpoint import find_checkpoint, read_parameters
+from dist_attn.training.checkpoint import read_parameters
+from dist_attn.training.checkpoint_files import find_checkpoint
 from dist_attn.training.run_folder import RunFolder
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from dist_attn.config import Config, EngineConfig
 from dist_attn.data import BatchSampler, Corpus, SamplerPosition
@@ -22,14 +21,9 @@ from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
-from dist_attn.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    has_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
+from dist_attn.training.checkpoint_files import TrainState, choose_checkpoint, has_checkpoint
+from dist_attn.training.corpus_guard import CorpusGuard
 from dist_attn.training.metrics import (
     Reporter,
     StepMetrics,
@@ -40,7 +34,7 @@ from dist_attn.training.metrics import (
 from dist_attn.training.nonfinite import NonFinitePolicy
 from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
-from dist_attn.training.runtime import Runtime, choose_device, start_runtime
+from dist_attn.training.runtime import Runtime, choose_device, joined
 from dist_attn.training.schedule import learning_rate
 from dist_attn.training.setup import (
     check_identity,
@@ -50,9 +44,10 @@ from dist_attn.training.setup import (
     planning_problem,
     run_identity,
 )
+from dist_attn.training.slow_ranks import SlowRanks
 from dist_attn.training.step import StepResult, StepRunner
 from dist_attn.training.stop import StopRequest
-from dist_attn.training.watchdog import Mark, watching
+from dist_attn.training.watchdog import SETUP, Mark, no_mark
 
 logger = logging.getLogger(__name__)
 
@@ -88,54 +83,63 @@ def train(config: Config, resume: str | None = None) -> None:
     """
     with StopRequest() as stop:
         config = config.on(choose_device(config.run.device, 0).type)
-        runtime = start_runtime(config.run)
-        try:
-            run_training(config, resume, runtime, stop)
-        finally:
-            dist.destroy_process_group()
+        with joined(config.run) as (runtime, mark):
+            run_training(config, resume, runtime, stop, mark)
 
 
 def run_training(
-    config: Config, resume: str | None, runtime: Runtime, stop: StopRequest | None = None
+    config: Config,
+    resume: str | None,
+    runtime: Runtime,
+    stop: StopRequest | None = None,
+    mark: Mark = no_mark,
 ) -> None:
     """Run or continue the training on a process group that exists; see `train`."""
     folder = RunFolder(Path(config.run.dir))
-    begun = False
-    if resume == RESUME_IF_BEGUN:
+    begun, auto = False, resume == RESUME_IF_BEGUN
+    checkpoint = saved = None
+    if auto:
         begun, resume = runtime.broadcast(_what_is_there(folder))
-        if resume and _is_done(folder, config, runtime):
+    mark(SETUP, "choosing a checkpoint")
+    if resume is not None:
+        checkpoint, saved = choose_checkpoint(folder.checkpoints, resume, runtime)
+        if auto and saved.step >= config.run.steps:
+            if runtime.is_main:
+                logger.info("%s: all of run.steps (%d) are done", folder.path, config.run.steps)
             return
-    corpus = open_corpus_on_every_rank(config, runtime)
+    mark(SETUP, "reading the corpus")
+    begun_with = runtime.broadcast(folder.begun_with() if resume or begun else None)
+    corpus = open_corpus_on_every_rank(config, runtime, begun_with)
+    mark(SETUP, "setting up the planner")
     problem = planning_problem(config, corpus, runtime)
     with runtime.together():
         check_longest(problem, corpus)
     state = TrainState(0, 0, 0, 0, run_identity(config, corpus))
-    checkpoint = None
     with runtime.together():
-        if resume is None and not begun:
+        if checkpoint is None and not begun:
             folder.check_free()
-        elif resume is not None:
-            checkpoint = find_checkpoint(folder.checkpoints, resume)
-            saved = read_state(checkpoint)
+        if checkpoint is not None and saved is not None:
             check_identity(checkpoint, saved.identity, state.identity)
             check_steps_left(checkpoint, saved.step, config.run.steps)
             state = saved
     with contextlib.closing(PlanSource(problem, runtime, folder.plans)) as plans:
-        run = _Run(config, runtime, folder, corpus, plans, stop or StopRequest())
+        run = _Run(config, runtime, folder, corpus, plans, stop or StopRequest(), mark)
         # The first plan is solved while the model is built.
         run.prepare(state)
+        mark(SETUP, "building the model")
         run.build(checkpoint)
+        mark(SETUP, "opening the run folder")
         with runtime.together():
             if runtime.is_main:
                 if checkpoint is None and not begun:
                     folder.create(config)
                 else:
                     folder.reopen(config, state.step)
+                folder.remember(corpus.cache_folder)
         with runtime.together():
             folder.check_visible()
         try:
-            with watching(runtime, config.run.timeout_s) as mark:
-                run.go(state, mark)
+            run.go(state)
         finally:
             run.close()
 
@@ -144,14 +148,6 @@ def _what_is_there(folder: RunFolder) -> tuple[bool, str | None]:
     """Whether a run began in the folder, and the checkpoint to go on from."""
     there = has_checkpoint(folder.checkpoints)
     return folder.metrics.is_file(), "latest" if there else None
-
-
-def _is_done(folder: RunFolder, config: Config, runtime: Runtime) -> bool:
-    with runtime.together():
-        done = read_state(find_checkpoint(folder.checkpoints, "latest")).step
-    if runtime.is_main and done >= config.run.steps:
-        logger.info("%s: all of run.steps (%d) are done", folder.path, config.run.steps)
-    return done >= config.run.steps
 
 
 class _Run:
@@ -165,7 +161,9 @@ class _Run:
         corpus: Corpus,
         plans: PlanSource,
         stop: StopRequest,
+        mark: Mark,
     ) -> None:
+        self._mark = mark
         self._config = config
         self._stop = stop
         self._runtime = runtime
@@ -175,8 +173,14 @@ class _Run:
         capacity = 64 * config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
+        self._guard = CorpusGuard(corpus, speaks=runtime.is_main)
+        self._slow_ranks = SlowRanks(
+            config.run.slow_rank_factor,
+            config.run.slow_rank_steps,
+            runtime.nodes,
+            speaks=runtime.is_main,
+        )
         self._nonfinite = NonFinitePolicy(config.run.nonfinite, corpus.name, speaks=runtime.is_main)
-        self._mark: Mark
         self._engine: Engine
         self._runner: StepRunner
         with runtime.together():
@@ -199,23 +203,25 @@ class _Run:
         with runtime.together():
             self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self._engine, runtime)
+            self._mark(SETUP, "reading the checkpoint")
+            load_checkpoint(checkpoint, self._engine, runtime, checked=True)
         shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
         rules = layer_rules_of(config, shape)
         self._runner = StepRunner(
             self._engine, self._corpus, config, runtime, self._pool, rules, self._plans.node_of
         )
 
-    def go(self, state: TrainState, mark: Mark) -> None:
+    def go(self, state: TrainState) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
-        self._mark = mark
         steps = self._config.run.steps
         if not self._runtime.is_main:
             self._steps(state, None)
+            self._end(None)
             return
         with Reporter(self._config.logging, self._folder, state.step, steps) as reporter:
             self._introduce(reporter, state)
             self._steps(state, reporter)
+            self._end(reporter)
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
     def close(self) -> None:
@@ -240,10 +246,11 @@ class _Run:
 
     def _steps(self, state: TrainState, reporter: Reporter | None) -> None:
         ids, following = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
+        self._guard.tell()
         for step in range(state.step, self._config.run.steps):
             begun = time.perf_counter()
             self._mark(step, "planning")
-            plan, waited_s = self._plans.take(step, self._lengths(ids))
+            plan, waited_s = self._plans.take(step, self._lengths(ids), partial(_check, reporter))
             next_ids, after = self._sampler.batch(following)
             if step + 1 < self._config.run.steps:
                 self._plans.prepare(step + 1, self._lengths(next_ids))
@@ -251,6 +258,8 @@ class _Run:
             self._mark(step, "the optimizer")
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
             norm = self._engine.step(lr)
+            if math.isfinite(result.loss) and not math.isfinite(norm):
+                result = replace(result, suspects=self._runner.suspects_of_gradients(ids))
             self._mark(step, "the exchange of metrics")
             reports = self._exchange(time.perf_counter() - begun, result)
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
@@ -268,6 +277,12 @@ class _Run:
             path = self._checkpoint(state, reporter, stopping=stop is not None)
             if stop is not None and state.step < self._config.run.steps:
                 raise Stopped(f"stopped by {stop} after step {step}; --resume goes on from {path}")
+
+    def _end(self, reporter: Reporter | None) -> None:
+        """Wait for all ranks, so that their watchdogs look after one that does not come."""
+        self._mark(self._config.run.steps, "the end")
+        with self._runtime.together():
+            _check(reporter)
 
     def _lengths(self, ids: IntArray) -> tuple[int, ...]:
         return tuple(int(n) for n in self._corpus.lengths[ids])
@@ -287,6 +302,7 @@ class _Run:
         norm: float,
     ) -> StepMetrics:
         seconds = max(r.seconds for r in reports)
+        slowest, ratio = self._slow_ranks.judge(step, [r.result.work for r in reports])
         # Neighbours that hold one model between them have the same tokens.
         padding = sum(r.result.padding for r in reports[:: self._tensor_parallel_degree])
         tokens = sum(plan.lengths)
@@ -304,6 +320,8 @@ class _Run:
             plan_solve_s=plan.solver.seconds,
             plan_gap=plan.gap,
             imbalance=imbalance([r.result.forward_s for r in reports]),
+            slowest_rank=slowest,
+            slowest_rank_ratio=ratio,
             padding_share=padding / (tokens + padding),
             memory_gib=max(r.memory_gib for r in reports),
             micro_batches=len(plan.micro_batches),
@@ -322,9 +340,15 @@ class _Run:
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
         )
+        self._guard.tell()
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
         return path
+
+
+def _check(reporter: Reporter | None) -> None:
+    if reporter is not None:
+        reporter.check()
 
 
 def _describe(engine: EngineConfig) -> str:

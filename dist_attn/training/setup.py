@@ -23,8 +23,12 @@ from dist_attn.training.runtime import Runtime
 _FREE_MODEL_KEYS = ("gradient_checkpointing", "loss_chunk_tokens", "checkpoint")
 
 
-def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
+def open_corpus_on_every_rank(
+    config: Config, runtime: Runtime, begun_with: str | None = None
+) -> Corpus:
     """Open the corpus on rank 0, then once per node, then everywhere: only the first tokenises.
+
+    A run that goes on passes the folder of the cache that it has begun with.
 
     Collective: by all ranks.
 
@@ -37,7 +41,7 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
         mine = 0 if runtime.is_main else 1 if runtime.local_rank == 0 else 2
         with runtime.together():
             if mine == turn:
-                corpus = _open(config, cache, show_progress=runtime.is_main)
+                corpus = _open(config, cache, begun_with, show_progress=runtime.is_main)
     assert corpus is not None
     prints = runtime.gather(corpus.fingerprint)
     different = [r for r, f in enumerate(prints) if f != prints[0]]
@@ -48,16 +52,16 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
     return corpus
 
 
-def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
+def _open(config: Config, cache: Path, begun_with: str | None, *, show_progress: bool) -> Corpus:
     if not (show_progress and config.logging.progress_bar and sys.stdout.isatty()):
-        return open_corpus(config.data, cache)
+        return open_corpus(config.data, cache, None, begun_with)
     with Progress(transient=True) as progress:
         task = progress.add_task("reading the corpus", total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return open_corpus(config.data, cache, show)
+        return open_corpus(config.data, cache, show, begun_with)
 
 
 def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> PlanningProblem:
