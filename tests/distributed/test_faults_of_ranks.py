@@ -44,6 +44,11 @@ PHASES = (
 )  # fmt: skip
 
 
+#: Sums over three ranks were seen to differ in their last bit between runs of equal plans on a busy
+#: machine, losses by up to 2e-7; over two ranks they never were, and those tests compare bits.
+SAME = 1e-5
+
+
 @dataclass(frozen=True)
 class Hit:
     """A signal to one rank, some time after the start or after it came to a phase once more."""
@@ -125,6 +130,11 @@ def _both(mark: Callable[[int, str], None], arrived: Callable[[str], None]) -> A
     return both
 
 
+def far_from(curve: list[float], other: list[float]) -> float:
+    """The largest difference of two curves of equal length."""
+    return max(abs(a - b) for a, b in zip(curve, other, strict=True))
+
+
 def hits(number: signal.Signals, duration_s: float) -> list[Hit]:
     """Twenty: each phase by name, and moments that only the clock chose."""
     draw = random.Random(int(number))
@@ -177,6 +187,8 @@ def test_hits_at_twenty_moments_never_change_the_curve(
     run_ranks(training, RANKS, config, [*OVERRIDES, f"run.dir={tmp_path / 'first'}"])
     duration_s = min(run_ranks(training, RANKS, config, whole))
     curve = losses(tmp_path / "whole")
+    # The control: a step that is lost or done twice.
+    assert far_from(curve[1:], curve[:-1]) > 1e4 * SAME
     interrupted = 0
     for trial, hit in enumerate(hits(number, duration_s)):
         if trial % 2 != half:
@@ -195,5 +207,5 @@ def test_hits_at_twenty_moments_never_change_the_curve(
         logger.info("%d: %s, %s, %s s", trial, hit, [e.exitcode for e in ends], seconds)
         interrupted += judge(ends, hit, reports)
         run_ranks(training, RANKS, config, here, "auto")
-        assert losses(run) == curve, (trial, hit)
+        assert far_from(losses(run), curve) < SAME, (trial, hit)
     assert interrupted >= 5
