@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import Config
-from dist_attn.data import Corpus, LocalBatch, build_local_batch, valid_tokens
+from dist_attn.data import Corpus, LocalBatch, build_local_batch, join_batches, valid_tokens
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
 from dist_attn.masks import Causal, Documents
 from dist_attn.masks.layers import LayerRules
-from dist_attn.planner.plan import Group, MicroBatch, Plan
+from dist_attn.planner.plan import Group, Plan
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.topology import Topology
 
@@ -74,7 +74,9 @@ class StepRunner:
         Tells `mark` what it is about to do.
 
         A rank that is in no group of a micro-batch runs one token of padding, whose loss and
-        gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch.
+        gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch. Under `step`
+        synchronisation a rank runs its own micro-batches only, and every rank one of padding in
+        the end: in its backward the ranks reduce their gradients.
 
         Collective: by all ranks with the same plan.
         """
@@ -83,27 +85,30 @@ class StepRunner:
         watch = _Stopwatch(self._runtime.device)
         losses: list[Tensor] = []
         tokens = padding = 0
-        last = len(plan.micro_batches) - 1
-        for index, micro_batch in enumerate(plan.micro_batches):
+        todo = self._todo(plan)
+        for index, groups in enumerate(todo):
+            last = index == len(todo) - 1
             mark(f"forward of micro-batch {index}")
-            batch, context = self._local(micro_batch, document_ids)
+            if plan.synchronisation == "micro_batch":
+                self._ensure(plan.micro_batches[index].groups)
+            batch, context = self._local(groups, document_ids)
             watch.start()
             loss = self._forward(batch, context)
             watch.stop()
             losses.append(loss.detach())
             loss_sum += losses[-1].double()
-            if index == last:
+            if last:
                 mark("the sum of the losses")
                 loss = loss * self._one_if_finite(loss_sum)
             mark(f"backward of micro-batch {index}")
             # A step of one-token documents predicts nothing; its gradients are zero.
-            self._engine.backward(loss, max(total, 1), last=index == last)
+            self._engine.backward(loss, max(total, 1), last=last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
         mean = float(loss_sum) / max(total, 1)
         suspects: tuple[int, ...] = ()
         if not math.isfinite(mean):
-            suspects = self._suspects(plan, document_ids, losses)
+            suspects = self._suspects(todo, document_ids, losses)
         return StepResult(mean, watch.seconds(), tokens, padding, suspects)
 
     def _one_if_finite(self, loss_sum: Tensor) -> Tensor:
@@ -119,18 +124,29 @@ class StepRunner:
         return (1 + (loss_sum - loss_sum)).float()
 
     def _suspects(
-        self, plan: Plan, document_ids: IntArray, losses: list[Tensor]
+        self, todo: list[list[Group]], document_ids: IntArray, losses: list[Tensor]
     ) -> tuple[int, ...]:
         found: list[int] = []
-        for micro_batch, loss in zip(plan.micro_batches, losses, strict=True):
-            group = self._group(micro_batch)
-            if group is not None and not math.isfinite(float(loss)):
-                found += [int(document_ids[d]) for d in group.documents]
+        for groups, loss in zip(todo, losses, strict=True):
+            if not math.isfinite(float(loss)):
+                found += [int(document_ids[d]) for g in groups for d in g.documents]
         return tuple(found)
 
-    def _group(self, micro_batch: MicroBatch) -> Group | None:
+    def _todo(self, plan: Plan) -> list[list[Group]]:
+        """This rank's groups in each micro-batch that it runs.
+
+        There is at most one in each, but with `free` placement.
+        """
         plan_rank = self._topology.plan_rank
-        return next((g for g in micro_batch.groups if plan_rank in g.ranks), None)
+        mine = [[g for g in m.groups if plan_rank in g.ranks] for m in plan.micro_batches]
+        if plan.synchronisation == "micro_batch":
+            return mine
+        # All make the process groups together, before any of them runs ahead.
+        self._ensure(g for m in plan.micro_batches for g in m.groups)
+        return [*(groups for groups in mine if groups), []]
+
+    def _ensure(self, groups: Iterable[Group]) -> None:
+        self._pool.ensure(s for g in groups for s in self._topology.rank_sets(g.ranks, g.strategy))
 
     def _forward(self, batch: LocalBatch, context: AttentionContext) -> Tensor:
         return self._engine.forward(
@@ -141,14 +157,21 @@ class StepRunner:
         )
 
     def _local(
-        self, micro_batch: MicroBatch, document_ids: IntArray
+        self, groups: list[Group], document_ids: IntArray
     ) -> tuple[LocalBatch, AttentionContext]:
         """This rank's tensors of a micro-batch, and how their attention is carried out."""
-        topology = self._topology
-        self._pool.ensure(
-            s for g in micro_batch.groups for s in topology.rank_sets(g.ranks, g.strategy)
-        )
-        group = self._group(micro_batch)
+        multiple = self._config.data.pad_to_multiple
+        if len(groups) > 1:
+            pairs = [self._part(document_ids, g, 0) for g in groups]
+            batch = join_batches([b for b, _ in pairs], multiple)
+            context = joined_context(batch, [c for _, c in pairs])
+        else:
+            batch, context = self._part(document_ids, groups[0] if groups else None, multiple)
+        return batch.to(self._runtime.device, non_blocking=True), context
+
+    def _part(
+        self, document_ids: IntArray, group: Group | None, multiple: int
+    ) -> tuple[LocalBatch, AttentionContext]:
         comm = self._comm_group(group)
         batch = build_local_batch(
             self._corpus,
@@ -156,13 +179,11 @@ class StepRunner:
             group,
             cp_rank=comm.cp_rank,
             layout_kind=self._layout_kind(group),
-            pad_to_multiple=self._config.data.pad_to_multiple,
+            pad_to_multiple=multiple,
             rules=self._rules,
         )
-        context = local_context(
-            batch, comm, self._rules, deterministic=self._config.attention.deterministic
-        )
-        return batch.to(self._runtime.device, non_blocking=True), context
+        deterministic = self._config.attention.deterministic
+        return batch, local_context(batch, comm, self._rules, deterministic=deterministic)
 
     def _comm_group(self, group: Group | None) -> CommGroup:
         if group is None:
@@ -199,6 +220,15 @@ def local_context(
     # Layers of one rule share a mask object, and with it everything that is worked out from it.
     by_rule = {rule: replace(whole, mask=rules.mask(rule, cu_seqlens)) for rule in rules.distinct}
     return replace(whole, layers=tuple(by_rule[rule] for rule in rules.of_layer))
+
+
+def joined_context(batch: LocalBatch, parts: list[AttentionContext]) -> AttentionContext:
+    """The context of a rank that works in several groups, from theirs."""
+    whole = replace(parts[0], layers=(), parts=tuple(parts), num_padding=batch.num_padding)
+    if not parts[0].layers:
+        return whole
+    layers = zip(*(p.layers for p in parts), strict=True)
+    return replace(whole, layers=tuple(replace(whole, parts=of_layer) for of_layer in layers))
 
 
 class _Stopwatch:
