@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dist_attn.config import load_config
+from dist_attn.config import load_cluster, load_config
 from dist_attn.errors import (
     NODE_ERROR_EXIT,
     STOPPED_EXIT,
@@ -97,6 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     preflight.set_defaults(run=_preflight)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure this machine, and write costs that plans read",
+        description="Started like `train`, on ranks of one kind of device: times the configured "
+        "model over lengths and degrees, and exchanges over group sizes; fits costs to them, says "
+        "how well, and writes a file for `cost: {calibrations: [FILE]}`.",
+    )
+    _add_config(calibrate)
+    _add_ranks(calibrate)
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML")
+    calibrate.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest document (2,048 on CPUs, 65,536)"
+    )
+    calibrate.add_argument("--repeats", type=int, default=5, metavar="N")
+    calibrate.set_defaults(run=_calibrate)
+
     export = commands.add_parser(
         "export",
         help="write a checkpoint as a folder that transformers loads",
@@ -111,19 +128,39 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="preview the plan of a batch of documents, for any cluster",
-        description="Prints the plan as a table and writes plan.json, plan.png and plan.html.",
+        description="Prints the plan as a table and writes plan.json, plan.png and plan.html. "
+        "Several configurations, lengths or clusters are planned in all combinations and "
+        "compared.",
     )
-    _add_config(plan)
+    _add_config(plan, several=True)
     plan.add_argument(
-        "--lengths", type=Path, required=True, metavar="FILE", help="tokens of each document"
+        "--lengths",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="tokens of each document",
+    )
+    plan.add_argument(
+        "--cluster",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="cluster files, in place of the configuration's",
     )
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="where files go")
     plan.set_defaults(run=_plan)
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="run configuration, YAML")
+def _add_config(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    parser.add_argument(
+        "--cfg",
+        required=True,
+        nargs="+" if several else None,
+        metavar="FILE",
+        help="run configuration, YAML",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -182,6 +219,22 @@ def _preflight(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.cfg, parsed.set)
+    if parsed.max_tokens is not None and parsed.max_tokens < 256:
+        raise ConfigError(f"--max-tokens takes 256 or more, got {parsed.max_tokens}")
+    if parsed.repeats < 1:
+        raise ConfigError(f"--repeats takes 1 or more, got {parsed.repeats}")
+    if not _is_rank(parsed):
+        more = ["--out", str(parsed.out), "--repeats", str(parsed.repeats)]
+        more += [] if parsed.max_tokens is None else ["--max-tokens", str(parsed.max_tokens)]
+        return _launch("calibrate", parsed, config.run.timeout_s, *more)
+    from dist_attn.training.calibrate import Extent, calibrate
+
+    calibrate(config, parsed.out, Extent(parsed.max_tokens, parsed.repeats))
+    return 0
+
+
 def _export(parsed: argparse.Namespace) -> int:
     from dist_attn.training.export import export
 
@@ -191,9 +244,24 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from dist_attn.planner.command import run_plan_command
+    from dist_attn.planner.command import run_compare_command, run_plan_command
 
-    run_plan_command(load_config(parsed.cfg, parsed.set), parsed.lengths, parsed.out)
+    choices = list(itertools.product(parsed.cfg, parsed.cluster or [None], parsed.lengths))
+    cases = []
+    for cfg, cluster, lengths in choices:
+        config = load_config(cfg, parsed.set)
+        if cluster is not None:
+            config = config.model_copy(update={"cluster": load_cluster(cluster)})
+        # What is the same in all of them tells nothing.
+        parts = ((cfg, parsed.cfg), (cluster, parsed.cluster or []), (lengths, parsed.lengths))
+        name = " ".join(Path(part).stem for part, given in parts if len(given) > 1)
+        cases.append((name, config, lengths))
+    if len(cases) == 1:
+        run_plan_command(cases[0][1], cases[0][2], parsed.out)
+    elif len({name for name, _, _ in cases}) < len(cases):
+        raise ConfigError("two plans would have one name; give files of different names")
+    else:
+        run_compare_command(cases, parsed.out)
     return 0
 
 

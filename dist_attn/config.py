@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dist_attn.config_attention import AttentionConfig
+from dist_attn.config_cost import CostConfig
 from dist_attn.config_masks import NonNegative, Positive, Section
 from dist_attn.errors import ConfigError
 
@@ -143,6 +144,12 @@ class PlannerConfig(Section):
     degrees: Literal["powers_of_two", "all"] = "powers_of_two"
     max_degree: Positive | None = None
     max_micro_batches: Positive = 64
+    #: `groups`: every document lies evenly on the ranks of one group. `free`: short documents lie
+    #: whole on one rank and cost no communication, long ones fill the ranks of a group unevenly.
+    placement: Literal["groups", "free"] = "groups"
+    #: `micro_batch`: all ranks wait for each other at every micro-batch. `step`: only at the
+    #: optimizer step, so that ranks may run different numbers of micro-batches.
+    synchronisation: Literal["micro_batch", "step"] = "micro_batch"
     #: A cap on a rank's tokens per micro-batch, beside what its memory allows; a mapping caps the
     #: devices that it names (`{cpu: 2048}`).
     max_tokens_per_device: Positive | dict[str, Positive] | None = None
@@ -156,6 +163,11 @@ class PlannerConfig(Section):
     def _static(self) -> PlannerConfig:
         if (self.mode == "static") != (self.static_degree is not None):
             raise ValueError("static_degree goes with mode 'static', and only with it")
+        if self.placement == "free" and self.synchronisation == "step":
+            raise ValueError(
+                "placement 'free' levels the ranks of every micro-batch and is planned for "
+                "synchronisation 'micro_batch' only; use placement 'groups' with 'step'"
+            )
         return self
 
 
@@ -286,6 +298,7 @@ class Config(Section):
     planner: PlannerConfig = PlannerConfig()
     #: `auto` describes the ranks that run; a path names a cluster file; or the cluster itself.
     cluster: str | ClusterConfig = "auto"
+    cost: CostConfig = CostConfig()
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -304,6 +317,19 @@ class Config(Section):
             raise ValueError(
                 "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
                 "use zero_stage 1, 2 or 3, or dtype fp32"
+            )
+        if self.planner.placement == "free" and any("+" in s for s in self.attention.strategies):
+            raise ValueError(
+                f"planner.placement 'free' is planned for strategies in one level, got "
+                f"attention.strategies {self.attention.strategies}; use ring, ulysses and gather, "
+                f"or placement 'groups'"
+            )
+        if self.planner.synchronisation == "step" and self.engine.zero_stage >= 2:
+            raise ValueError(
+                f"planner.synchronisation 'step' lets ranks run different numbers of "
+                f"micro-batches, but under engine.zero_stage {self.engine.zero_stage} all ranks "
+                f"must meet in every backward; use zero_stage 0 or 1, or synchronisation "
+                f"'micro_batch'"
             )
         self._check_tensor_parallel()
         return self
@@ -345,6 +371,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for item in overrides or []:
         _set(data, item)
     config = validate(Config, data, str(path))
+    if config.cost.calibrations:
+        files = [
+            str(near if (near := Path(path).parent / name).exists() else name)
+            for name in config.cost.calibrations
+        ]
+        config = config.model_copy(update={"cost": CostConfig(calibrations=files)})
     if isinstance(config.cluster, str) and config.cluster != "auto":
         base = Path(path).parent / config.cluster
         file = base if base.exists() else Path(config.cluster)

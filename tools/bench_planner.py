@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_attn.config import PlannerConfig
 from dist_attn.planner.baselines import dynamic_plan
 from dist_attn.planner.check import check_plan
+from dist_attn.planner.cost import GroupKind
 from dist_attn.planner.flexsp import FlexSPCost, flexsp_cluster
+from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.solve import plan, static_plan
 from dist_attn.planner.step_plan import plan_step
@@ -77,6 +82,10 @@ def measure(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         step = plan_step(lengths, cluster, alone, RULES, strategies, args.seed)
         row["step_ms"] = _checked(step, lengths, cluster, alone)
         row["step_bound_ms"] = step.lower_bound_s * 1e3
+        placed = plan_free(lengths, cluster, alone, RULES, strategies, args.seed)
+        row["free_ms"] = _checked(placed, lengths, cluster, alone)
+        row["free_bound_ms"] = placed.lower_bound_s * 1e3
+        row["no_communication_ms"] = _without_communication(lengths, cluster, alone)
     shown = [f"{row['name']:24s}"]
     for key, value in row.items():
         if isinstance(value, float):
@@ -86,6 +95,13 @@ def measure(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         shown.append(f"ratio {row['flexsp_ms'] / row['ours_ms']:.4f}")
     print("  ".join(shown), flush=True)
     return row
+
+
+def _without_communication(lengths: list[int], cluster: Any, cost: FlexSPCost) -> float:
+    """All work level over all ranks and the least micro-batches, as if nothing had to be sent."""
+    work = cost.compute_s(GroupKind(1, "local"), np.array(lengths)).sum() / cluster.world_size
+    room = cluster.world_size * cost.device_token_capacity
+    return 1e3 * (work + cost.fixed_s(GroupKind(1, "local")) * math.ceil(sum(lengths) / room))
 
 
 def _checked(found: Plan | None, lengths: list[int], cluster: Any, cost: Any) -> float | None:
@@ -112,7 +128,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         others = [r[key] / r["ours_ms"] for r in rows if r.get(key)]
         if others:
             result[f"mean_ratio_to_{key[:-3]}"] = statistics.mean(others)
-    for key in ("degree1_ms", "free_degrees_ms", "step_ms", "step_bound_ms"):
+    outside = ("degree1_ms", "free_degrees_ms", "step_ms", "step_bound_ms")
+    for key in (*outside, "free_ms", "free_bound_ms", "no_communication_ms"):
         gains = [r["flexsp_ms"] / r[key] for r in known if r.get(key)]
         if gains:
             result[f"mean_ratio_{key[:-3]}"] = statistics.mean(gains)

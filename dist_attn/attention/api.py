@@ -110,6 +110,8 @@ def attend_with_context(
     Under torch.compile it stays in the graph as one operator; the context must then live until the
     backward is done.
     """
+    if context.parts:
+        return _attend_in_parts(q_LHD, k_LKD, v_LKD, context, softmax_scale)
     if torch.compiler.is_compiling():
         return compiled.attend(q_LHD, k_LKD, v_LKD, context.number, softmax_scale)[0]
     num_tokens = q_LHD.shape[0] - context.num_padding
@@ -126,6 +128,19 @@ def attend_with_context(
         gradient_dtype=context.gradient_dtype,
         ledger=context.ledger,
     )
+    return F.pad(out, (0, 0, 0, 0, 0, context.num_padding)) if context.num_padding else out
+
+
+def _attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, softmax_scale: float | None
+) -> Tensor:
+    """One call per group, in an order that all ranks share; autograd goes back in the opposite."""
+    outs, begin = [], 0
+    for part in context.parts:
+        own = slice(begin, begin + part.num_tokens)
+        outs.append(attend_with_context(q[own], k[own], v[own], part, softmax_scale))
+        begin = own.stop
+    out = torch.cat(outs)
     return F.pad(out, (0, 0, 0, 0, 0, context.num_padding)) if context.num_padding else out
 
 

@@ -34,6 +34,9 @@ class AttentionContext:
         gradient_dtype: in what gradients of keys and values travel, by default float32.
         ledger: counts what is sent.
         layers: a context for each layer, with masks of their own; empty where all are alike.
+        parts: where the rank works in several groups, the context of each, without padding. Its
+            tokens lie part after part; mask, layout, group and strategy are then those of the
+            parts. All ranks of a group have it at the same place among their common groups.
         number: what compiled graphs know it by.
     """
 
@@ -46,11 +49,19 @@ class AttentionContext:
     gradient_dtype: torch.dtype | None = None
     ledger: Ledger | None = None
     layers: tuple[AttentionContext, ...] = ()
+    parts: tuple[AttentionContext, ...] = ()
     number: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "number", next(_numbers))
         _contexts[self.number] = self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this rank that belong to documents."""
+        if self.parts:
+            return sum(p.num_tokens for p in self.parts)
+        return self.layout.local_seq_len(self.group.cp_rank)
 
     def of_layer(self, layer: int) -> AttentionContext:
         """Return the context of a layer, counted from 0."""

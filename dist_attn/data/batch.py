@@ -43,6 +43,9 @@ class LocalBatch:
     num_padding: int
     #: Labels on this rank that are not -100.
     num_valid: int
+    #: Where the rank works in several groups (`free` placement): the batch of each, whose tokens
+    #: lie one after the other. `layout`, `cu_seqlens` and `strategy` are then those of the parts.
+    parts: tuple[LocalBatch, ...] = ()
 
     @property
     def local_seq_len(self) -> int:
@@ -78,22 +81,26 @@ def build_local_batch(
         document_ids: the global batch that was planned; the plan's documents index into it.
         group: the group that this rank works in, or None where it idles.
         cp_rank: this rank's place in `group.ranks`.
-        layout_kind: how the packed stream is dealt out; see `dist_attn.layout.make_layout`.
+        layout_kind: how the packed stream is dealt out; see `dist_attn.layout.make_layout`. Not
+            used where the group has shares: they say it.
         pad_to_multiple: padding is added up to a multiple of this, and to at least one token, so
-            that a rank without tokens still makes the calls that the others wait for.
+            that a rank without tokens still makes the calls that the others wait for. 0: none.
         rules: what layers see, for the `balanced` layout; None where all are causal.
     """
     degree = 1 if group is None else group.degree
     assert 0 <= cp_rank < degree
-    assert pad_to_multiple > 0
+    assert pad_to_multiple >= 0
     chosen = np.array([] if group is None else group.documents, np.int64)
     documents = np.asarray(document_ids, np.int64)[chosen]
     lengths = corpus.lengths[documents]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    areas = None
-    if layout_kind == "balanced" and rules is not None:
-        areas = rules.chunk_areas(cu_seqlens)
-    layout = make_layout(layout_kind, cu_seqlens, degree, chunk_areas=areas)
+    if group is not None and group.shares:
+        layout = make_layout("placed", cu_seqlens, degree, shares=np.array(group.shares))
+    else:
+        areas = None
+        if layout_kind == "balanced" and rules is not None:
+            areas = rules.chunk_areas(cu_seqlens)
+        layout = make_layout(layout_kind, cu_seqlens, degree, chunk_areas=areas)
 
     stream = layout.positions(cp_rank)
     which = np.searchsorted(cu_seqlens, stream, side="right") - 1
@@ -103,7 +110,7 @@ def build_local_batch(
     labels = np.full(len(stream), IGNORE_INDEX, np.int64)
     labels[has_next] = corpus.gather(documents[which[has_next]], positions[has_next] + 1)
 
-    num_padding = max(-(-len(stream) // pad_to_multiple), 1) * pad_to_multiple - len(stream)
+    num_padding = _padding(len(stream), pad_to_multiple)
     return LocalBatch(
         input_ids=_row(tokens, num_padding, 0),
         shift_labels=_row(labels, num_padding, IGNORE_INDEX),
@@ -116,6 +123,36 @@ def build_local_batch(
         num_padding=num_padding,
         num_valid=int(has_next.sum()),
     )
+
+
+def join_batches(parts: Sequence[LocalBatch], pad_to_multiple: int = 1) -> LocalBatch:
+    """One batch of a rank that works in several groups; the parts have no padding."""
+    assert parts
+    assert not any(p.num_padding for p in parts)
+    num_tokens = sum(p.local_seq_len for p in parts)
+    num_padding = _padding(num_tokens, pad_to_multiple)
+
+    def joined(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.cat(rows, dim=1), (0, num_padding), value=fill)
+
+    bounds = np.array([0, num_tokens], np.int64)
+    return LocalBatch(
+        input_ids=joined([p.input_ids for p in parts], 0),
+        shift_labels=joined([p.shift_labels for p in parts], IGNORE_INDEX),
+        position_ids=joined([p.position_ids for p in parts], 0),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=max(p.max_seqlen for p in parts),
+        layout=make_layout("contiguous", bounds, 1),
+        cp_rank=0,
+        strategy="local",
+        num_padding=num_padding,
+        num_valid=sum(p.num_valid for p in parts),
+        parts=tuple(parts),
+    )
+
+
+def _padding(num_tokens: int, multiple: int) -> int:
+    return max(-(-num_tokens // multiple), 1) * multiple - num_tokens if multiple else 0
 
 
 def valid_tokens(lengths: Sequence[int] | IntArray) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,10 @@ class LayerRules:
     def distinct(self) -> range:
         """The numbers of the rules."""
         return range(len(self.rules))
+
+    def first(self, num_layers: int) -> LayerRules:
+        """Those of a model with fewer layers."""
+        return replace(self, of_layer=self.of_layer[:num_layers])
 
     def mask(self, rule: int, cu_seqlens: Sequence[int] | IntArray) -> Mask:
         """The mask of a rule over packed documents."""

@@ -9,7 +9,7 @@ no negative sign, and are judged on points that were held out.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ import yaml
 from dist_attn.config import read_yaml
 from dist_attn.errors import ConfigError
 from dist_attn.planner.cost import CostModel, DeviceRates, FloatArray, LinkRates
+from dist_attn.planner.shape import ModelShape
+
+#: A vocabulary may be that of another tokenizer with a few more special tokens.
+_VOCABULARY_SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,23 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A group's measured pass, and what the fits predict for it; no fit has seen it."""
+
+    degree: int
+    strategy: str
+    crosses_nodes: bool
+    tokens: int
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to the measurement."""
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Fitted terms of one kind of device and its links; what is None stays derived."""
 
@@ -66,6 +87,9 @@ class Calibration:
     intra_node: Fit | None = None
     inter_node: Fit | None = None
     memory: Fit | None = None
+    #: Sizes of the model that was measured.
+    model: Mapping[str, Any] | None = None
+    checks: tuple[Check, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write YAML."""
@@ -91,7 +115,13 @@ class Calibration:
             compute = fits.pop("compute")
             if compute is None:
                 raise KeyError("compute")
-            return cls(device=str(data["device"]), compute=compute, **fits)
+            return cls(
+                device=str(data["device"]),
+                compute=compute,
+                model=data.get("model"),
+                checks=tuple(Check(**c) for c in data.get("checks") or ()),
+                **fits,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: a damaged calibration ({type(error).__name__}: {error}); calibrate again"
@@ -117,17 +147,22 @@ def fit_memory(points: Sequence[MemoryPoint], held_out: float = 0.25) -> Fit:
 
 
 def calibrated(
-    cost: CostModel, calibrations: Sequence[Calibration], names: Sequence[str]
+    cost: CostModel, calibrations: Sequence[Calibration], names: Sequence[str], shape: ModelShape
 ) -> CostModel:
     """The cost model with fitted terms in place of derived ones.
+
+    A micro-batch's overhead is the larger of the fitted constant and the cluster's, which may count
+    what a calibration does not see (ZeRO's gathers). Of memory only the bytes per token are taken:
+    what does not depend on tokens was measured without optimizer and sharding.
 
     Args:
         cost: a derived model.
         calibrations: at most one per kind of device.
         names: the device kinds of the cluster, in the model's order.
+        shape: of the model that is planned for.
 
     Raises:
-        ConfigError: a calibration of a device that the cluster does not have.
+        ConfigError: a calibration of a device that the cluster does not have, or of another model.
     """
     devices = list(cost.devices)
     changes: dict[str, Any] = {}
@@ -137,13 +172,14 @@ def calibrated(
                 f"a calibration of '{calibration.device}' does not fit a cluster of "
                 f"{', '.join(sorted(set(names)))}; calibrate there, or leave it out"
             )
+        _check_model(calibration, shape)
         index = list(names).index(calibration.device)
         constant, linear, pair = calibration.compute.coefficients
         devices[index] = replace(
             devices[index], linear_s_per_token=linear, attention_s_per_pair=pair
         )
         changes["micro_batch_overhead_s"] = max(
-            changes.get("micro_batch_overhead_s", 0.0), cost.micro_batch_overhead_s + constant
+            changes.get("micro_batch_overhead_s", cost.micro_batch_overhead_s), constant
         )
         for name in ("intra_node", "inter_node"):
             fit: Fit | None = getattr(calibration, name)
@@ -153,11 +189,25 @@ def calibrated(
                 rate = 1 / per_byte if per_byte > 0 else derived.bytes_per_s
                 changes[name] = LinkRates(bytes_per_s=rate, latency_s=latency)
         if calibration.memory is not None:
-            static, per_token = calibration.memory.coefficients
-            changes["static_bytes"] = int(static)
+            per_token = calibration.memory.coefficients[1]
             changes["bytes_per_token"] = max(int(np.ceil(per_token)), 1)
     checked: tuple[DeviceRates, ...] = tuple(devices)
     return replace(cost, devices=checked, source="calibrated", **changes)
+
+
+def _check_model(calibration: Calibration, shape: ModelShape) -> None:
+    here = asdict(shape)
+    measured = calibration.model or here
+    different = [
+        f"{k} {measured[k]} there, {v} here"
+        for k, v in here.items()
+        if abs(measured.get(k, v) - v) > (_VOCABULARY_SLACK * v if k == "vocab_size" else 0)
+    ]
+    if different:
+        raise ConfigError(
+            f"the calibration of '{calibration.device}' is of another model: "
+            f"{', '.join(different)}; calibrate with this configuration, or leave it out"
+        )
 
 
 def _fit(columns: FloatArray, values: FloatArray, held_out: float) -> Fit:

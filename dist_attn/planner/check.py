@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_attn.errors import PlanError
+from dist_attn.planner.check_free import check_free
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import Costs, GroupKind
 from dist_attn.planner.plan import Group, Plan
@@ -19,10 +20,11 @@ def check_plan(
     """Raise PlanError, naming everything that is wrong, unless the plan is sound.
 
     Checked: it is for these lengths and this cluster; every document lies in exactly one group;
-    groups of a micro-batch have disjoint ranks; tokens add up; no rank holds more than it can; the
-    strategy is allowed; times follow from the cost model; the predicted time is the sum over
-    micro-batches of the slowest group, or under `step` synchronisation the end of the last rank;
-    the lower bound is not above it.
+    groups of a micro-batch have disjoint ranks, but with `free` placement; tokens and shares add
+    up; no rank holds more than it can; the strategy is allowed; times follow from the cost model;
+    the predicted time is the sum over micro-batches of the slowest group (with `free` placement of
+    the slowest rank), or under `step` synchronisation the end of the last rank; the lower bound is
+    not above it.
     """
     wrong = _check_frame(plan, lengths, cluster)
     if wrong:
@@ -30,6 +32,9 @@ def check_plan(
     total = 0.0
     free_at = [0.0] * plan.world_size
     for m, micro_batch in enumerate(plan.micro_batches):
+        if plan.placement == "free":
+            total += check_free(f"micro-batch {m}", micro_batch, plan, cluster, cost, wrong)
+            continue
         slowest = 0.0
         for g, group in enumerate(micro_batch.groups):
             name = f"micro-batch {m} group {g}"
@@ -61,7 +66,7 @@ def _check_frame(plan: Plan, lengths: Sequence[int], cluster: Cluster) -> list[s
     counts = [0] * len(plan.lengths)
     for m, micro_batch in enumerate(plan.micro_batches):
         ranks = [r for g in micro_batch.groups for r in g.ranks]
-        if len(set(ranks)) != len(ranks):
+        if plan.placement == "groups" and len(set(ranks)) != len(ranks):
             wrong.append(f"micro-batch {m}: a rank is used twice")
         if not all(0 <= r < cluster.world_size for r in ranks):
             wrong.append(f"micro-batch {m}: a rank outside the cluster")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from dist_attn.config import ClusterConfig, Config
-from dist_attn.errors import ConfigError, PlanError
+from dist_attn.errors import ConfigError, PlanError, UserError
 from dist_attn.masks.layers import LayerRules, layer_rules, mean_area
+from dist_attn.planner.calibration import Calibration, calibrated
 from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.compare import Case, comparison, comparison_page, legend
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.lengths import read_lengths
 from dist_attn.planner.mask_picture import mask_figure
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
+from dist_attn.planner.problem import plan_as_configured
 from dist_attn.planner.shape import ModelShape
-from dist_attn.planner.solve import plan, static_plan
+from dist_attn.planner.solve import static_plan
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 
 
@@ -32,7 +37,57 @@ def run_plan_command(
         UserError: the configuration, the lengths or the batch is refused; nothing is written then.
     """
     console = console or Console(highlight=False)
-    lengths = read_lengths(lengths_file)
+    made = _plan(config, read_lengths(lengths_file))
+    print_plan(made.found, made.static, console)
+    files = _write(made, Path(out))
+    console.print("wrote " + ", ".join(str(f) for f in files), soft_wrap=True)
+    return made.found
+
+
+def run_compare_command(
+    cases: Sequence[tuple[str, Config, Path]], out: str | Path, console: Console | None = None
+) -> list[Plan]:
+    """Plan every case, print one row for each, and write comparison.html and each plan's files.
+
+    Args:
+        cases: a name, a configuration and a file of lengths each.
+        out: a folder; every case gets a folder of its name in it.
+        console: where to print.
+
+    Raises:
+        UserError: as `run_plan_command`, naming the case.
+    """
+    console = console or Console(highlight=False)
+    made, folders = [], []
+    for name, config, lengths_file in cases:
+        try:
+            made.append(_plan(config, read_lengths(lengths_file)))
+        except UserError as error:
+            raise type(error)(f"{name}: {error}") from None
+        folders.append(Path(out) / re.sub(r"[^\w.-]+", "-", name))
+    compared = [Case(name, m.found, m.static) for (name, _, _), m in zip(cases, made, strict=True)]
+    for line in legend(compared):
+        console.print(line)
+    console.print(comparison(compared))
+    for one, folder in zip(made, folders, strict=True):
+        _write(one, folder)
+    page = Path(out) / "comparison.html"
+    try:
+        page.write_text(comparison_page(compared, folders), encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"cannot write {page}: {error}") from None
+    console.print(f"wrote {page} and a folder for each plan", soft_wrap=True)
+    return [m.found for m in made]
+
+
+@dataclass(frozen=True)
+class _Made:
+    found: Plan
+    static: Plan | None
+    rules: LayerRules | None
+
+
+def _plan(config: Config, lengths: list[int]) -> _Made:
     cluster = described_cluster(config)
     config = config.on("cpu" if all(d.name == "cpu" for d in cluster.devices) else "cuda")
     whole = ModelShape.from_config(config.model)
@@ -42,18 +97,20 @@ def run_plan_command(
     cluster = tensor_parallel_cluster(cluster, shape, degree)
     cost = cost_model(config, cluster, shape, rules, longest=max(lengths, default=0))
     strategies = config.attention.strategies
-    found = plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
+    found = plan_as_configured(lengths, cluster, cost, config.planner, strategies, config.run.seed)
     static = static_plan(lengths, cluster, cost, config.planner, strategies, config.run.seed)
-    print_plan(found, static, console)
+    return _Made(found, static, rules)
+
+
+def _write(made: _Made, out: Path) -> list[Path]:
     try:
-        files = [*write_preview(found, static, out)]
-        if rules is not None:
-            files.append(Path(out) / "masks.png")
-            mask_figure(rules).savefig(files[-1], dpi=120)
+        files = [*write_preview(made.found, made.static, out)]
+        if made.rules is not None:
+            files.append(out / "masks.png")
+            mask_figure(made.rules).savefig(files[-1], dpi=120)
     except OSError as error:
         raise PlanError(f"cannot write into {out}: {error}") from None
-    console.print("wrote " + ", ".join(str(f) for f in files), soft_wrap=True)
-    return found
+    return files
 
 
 def described_cluster(config: Config) -> Cluster:
@@ -81,7 +138,7 @@ def layer_rules_of(config: Config, shape: ModelShape) -> LayerRules | None:
     )
 
 
-def cost_model(
+def derived_costs(
     config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
 ) -> CostModel:
     """The derived cost model of a run whose documents have up to `longest` tokens."""
@@ -93,3 +150,18 @@ def cost_model(
         mean_area(rules, longest),
     )
     return replace(cost, inner_degree=config.attention.inner_degree)
+
+
+def cost_model(
+    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
+) -> CostModel:
+    """The cost model of a run: derived, or fitted where the configuration names calibrations.
+
+    Raises:
+        ConfigError: a calibration that cannot be read, or is of another device or model.
+    """
+    derived = derived_costs(config, cluster, shape, rules, longest)
+    if not config.cost.calibrations:
+        return derived
+    made = [Calibration.load(path) for path in config.cost.calibrations]
+    return calibrated(derived, made, [d.name for d in cluster.devices], shape)

@@ -50,6 +50,15 @@ class Costs(Protocol):
     def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """Seconds that each document adds by communication that computation does not hide."""
 
+    def linear_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """The part of `compute_s` that is not attention."""
+
+    def exchange_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Seconds of each document's messages, hidden or not."""
+
+    def overlap(self, kind: GroupKind) -> float:
+        """Share of a document's attention behind which its messages hide."""
+
     def capacity_tokens(self, kind: GroupKind) -> int:
         """Tokens that one rank of such a group can hold."""
 
@@ -92,7 +101,7 @@ class CostModel:
       stays inside. Key/value heads are repeated up to d where there are fewer.
     - ring: d - 1 exchanges of keys and values, in the backward also of their float32 gradients.
       Each document's exchange is hidden behind that document's own attention; the excess counts.
-    - gather: as ring, which it is at most.
+    - gather: as a ring, of the keys that masks let a rank see.
     - two levels: see `dist_attn.planner.levels`.
     - fixed: the cluster's micro-batch overhead and the latencies of every layer's exchanges
       (d - 1 messages for a ring and d for its gradients, log2 d for an all-to-all).
@@ -199,17 +208,50 @@ class CostModel:
 
     def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """Exchange that attention does not hide."""
+        hidden = self.overlap(kind) * self._attention_s(kind, lengths) / kind.degree
+        excess = np.maximum(self.exchange_s(kind, lengths) - hidden, 0.0)
+        levels = self._levels(kind)
+        exposed = 0.0 if levels is None else levels.seconds_per_token(self.shape)[0]
+        return np.asarray(exposed * lengths + excess, dtype=np.float64)
+
+    def linear_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Linear work of each document, shared evenly."""
+        return np.asarray(self._linear_s(kind) * lengths / kind.degree, dtype=np.float64)
+
+    def exchange_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """All-to-alls, a ring's exchanges, or what a gather fetches; of two levels the outer's."""
         if kind.degree == 1:
             return np.zeros(len(lengths))
-        if kind.strategy == "ulysses":
-            return np.asarray(self._ulysses_s_per_token(kind) * lengths, dtype=np.float64)
-        exposed, hideable = 0.0, self._ring_s_per_token(kind)
         levels = self._levels(kind)
         if levels is not None:
-            exposed, hideable = levels.seconds_per_token(self.shape)
-        hidden = self.ring_overlap * self._attention_s(kind, lengths) / kind.degree
-        excess = np.maximum(hideable * lengths - hidden, 0.0)
-        return np.asarray(exposed * lengths + excess, dtype=np.float64)
+            return np.asarray(levels.seconds_per_token(self.shape)[1] * lengths, dtype=np.float64)
+        if kind.strategy == "ulysses":
+            return np.asarray(self._ulysses_s_per_token(kind) * lengths, dtype=np.float64)
+        moved = self._ring_s_per_token(kind) * lengths
+        if kind.strategy == "gather":
+            moved = moved * self._needed_share(kind.degree, lengths)
+        return np.asarray(moved, dtype=np.float64)
+
+    def _needed_share(self, degree: int, lengths: IntArray) -> FloatArray:
+        """Of a document's keys on other ranks, the share that the neediest rank's queries see.
+
+        Its two pieces see what their last queries see: windows, and columns that all share. That is
+        the slope of the area there; of a causal document the last piece sees everything.
+        """
+        n = lengths.astype(np.float64)
+        elsewhere = np.maximum(n * (degree - 1) / degree, 1.0)
+        seen = self._keys_at(n) + self._keys_at(n / (2 * degree))
+        return np.asarray(np.minimum(seen / elsewhere, 1.0))
+
+    def _keys_at(self, n: FloatArray) -> FloatArray:
+        """Keys that queries see at the end of a document, the mean of its last sixteenth."""
+        last = np.maximum(n / 16, 1.0)
+        before = np.maximum(n - last, 0.0)
+        return np.asarray((self.pairs(n) - self.pairs(before)) / np.maximum(n - before, 1.0))
+
+    def overlap(self, kind: GroupKind) -> float:
+        """Nothing hides an all-to-all: attention needs all of it, and comes before the next."""
+        return 0.0 if kind.degree == 1 or kind.strategy == "ulysses" else self.ring_overlap
 
     def capacity_tokens(self, kind: GroupKind) -> int:
         """Tokens that a rank of this kind of device can hold: its memory, or the configured cap."""
@@ -259,9 +301,9 @@ class CostModel:
 
     def _attention_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)
-        return max(d.attention_s_per_pair for d in devices) * self._pairs(lengths)
+        return max(d.attention_s_per_pair for d in devices) * self.pairs(lengths)
 
-    def _pairs(self, lengths: IntArray) -> FloatArray:
+    def pairs(self, lengths: IntArray | FloatArray) -> FloatArray:
         """Pairs of each document that are computed, by the mean of layers and heads."""
         n = lengths.astype(np.float64)
         if not self.area_lengths:

@@ -83,8 +83,11 @@ def _improved(
 ) -> list[Groups]:
     """Solve with slots for the classes offered and the plan's own groups; the better plan."""
     before = objective(program, batches)
+    # Every document fits somewhere: a program of so many is too large without looking closer.
+    if before <= 0 or len(program.lengths) > max_binaries:
+        return batches
     model = _model(program, batches, offered)
-    if not 0 < model.num_binaries <= max_binaries or before <= 0:
+    if not 0 < model.num_binaries <= max_binaries:
         return batches
     values = _solve(program, model, batches, before, nodes)
     if values is None:

@@ -7,31 +7,21 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from dist_attn.planner.plan import Group, Plan
-from dist_attn.planner.schedule import group_starts
+from dist_attn.planner.plan import Plan
+from dist_attn.planner.schedule import Span, group_starts, spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: From few ranks to many: cool to warm, readable with black text, told apart by the colour-blind.
 PALETTE = ("#9ecae1", "#6baed6", "#4fb3bf", "#74c476", "#c7e26a", "#fdd05a", "#fdae6b", "#f4795b")
+OVERHEAD = "#bdbdbd"
 _IDLE = "#d9d9d9"
 
 
 def degree_colour(degree: int) -> str:
     """One colour per power of two."""
     return PALETTE[min((degree - 1).bit_length(), len(PALETTE) - 1)]
-
-
-def blocks(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ranks as (first, count) intervals."""
-    found: list[tuple[int, int]] = []
-    for r in sorted(ranks):
-        if found and sum(found[-1]) == r:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((r, 1))
-    return found
 
 
 def figure(plan: Plan, width_in: float = 10.0) -> Figure:
@@ -41,10 +31,17 @@ def figure(plan: Plan, width_in: float = 10.0) -> Figure:
     axes = fig.add_subplot()
     end = plan.predicted_s or 1.0
     _draw_idle(axes, plan.world_size, end)
-    for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
-        for group, start in zip(micro_batch.groups, starts, strict=True):
-            _draw(axes, plan, group, start)
-        if plan.synchronisation == "micro_batch":
+    overheads = _draw_overheads(axes, plan)
+    largest: dict[int, Span] = {}
+    for span in spans(plan):
+        _draw(axes, plan, span)
+        known = largest.get(span.number)
+        if known is None or span.num_ranks > known.num_ranks:
+            largest[span.number] = span
+    for span in largest.values():
+        _label(axes, plan, span)
+    if plan.synchronisation == "micro_batch":
+        for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
             axes.axvline(starts[0] + micro_batch.time_s, color="#404040", linewidth=0.8)
     degrees = {g.degree for m in plan.micro_batches for g in m.groups}
     axes.set_xlim(0, end)
@@ -65,6 +62,8 @@ def figure(plan: Plan, width_in: float = 10.0) -> Figure:
         Patch(facecolor=degree_colour(d), edgecolor="#404040", linewidth=0.4, label=f"degree {d}")
         for d in sorted(degrees)
     ]
+    if overheads:
+        legend.append(Patch(facecolor=OVERHEAD, label="overhead"))
     legend.append(Patch(facecolor="white", edgecolor=_IDLE, hatch="////", label="idle"))
     fig.legend(handles=legend, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
     return fig
@@ -84,27 +83,39 @@ def _draw_idle(axes: Axes, world_size: int, end: float) -> None:
     )
 
 
-def _draw(axes: Axes, plan: Plan, group: Group, start: float) -> None:
-    intervals = blocks(group.ranks)
-    for first, count in intervals:
-        axes.add_patch(
-            Rectangle(
-                (start, first),
-                group.time_s,
-                count,
-                facecolor=degree_colour(group.degree),
-                edgecolor="#404040",
-                linewidth=0.4 if plan.world_size <= 128 else 0.1,
-            )
+def _draw_overheads(axes: Axes, plan: Plan) -> bool:
+    """What micro-batches with `free` placement cost beside their groups; whether there is any."""
+    found = False
+    for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
+        if micro_batch.overhead_s > 0:
+            corner = (starts[0], 0)
+            size = (micro_batch.overhead_s, plan.world_size)
+            axes.add_patch(Rectangle(corner, *size, facecolor=OVERHEAD, linewidth=0))
+            found = True
+    return found
+
+
+def _draw(axes: Axes, plan: Plan, span: Span) -> None:
+    axes.add_patch(
+        Rectangle(
+            (span.start_s, span.first_rank),
+            span.seconds,
+            span.num_ranks,
+            facecolor=degree_colour(span.group.degree),
+            edgecolor="#404040",
+            linewidth=0.4 if plan.world_size <= 128 and not span.group.rank_s else 0.1,
         )
-    first, count = max(intervals, key=lambda b: b[1])
-    # A label where it can be read.
-    if count * 64 >= plan.world_size and group.time_s > 0.025 * (plan.predicted_s or 1.0):
+    )
+
+
+def _label(axes: Axes, plan: Plan, span: Span) -> None:
+    # Where it can be read.
+    if span.num_ranks * 64 >= plan.world_size and span.seconds > 0.025 * (plan.predicted_s or 1.0):
         axes.text(
-            start + group.time_s / 2,
-            first + count / 2,
-            str(group.degree),
+            span.start_s + span.seconds / 2,
+            span.first_rank + span.num_ranks / 2,
+            str(span.group.degree),
             ha="center",
             va="center",
-            fontsize=7 if count > 1 or plan.world_size <= 32 else 5,
+            fontsize=7 if span.num_ranks > 1 or plan.world_size <= 32 else 5,
         )

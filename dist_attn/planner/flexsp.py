@@ -68,8 +68,20 @@ class FlexSPCost:
         n = lengths.astype(np.float64)
         return np.asarray((self.alpha1_ms * n * n + self.alpha2_ms * n) / kind.degree / 1e3)
 
+    def linear_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """Linear work, shared evenly."""
+        return np.asarray(self.alpha2_ms * lengths / kind.degree / 1e3)
+
     def communication_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         """All-to-all, none of it hidden."""
+        return self.exchange_s(kind, lengths)
+
+    def overlap(self, kind: GroupKind) -> float:
+        """Nothing is hidden."""
+        return 0.0
+
+    def exchange_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
+        """All-to-all."""
         if kind.degree == 1:
             return np.zeros(len(lengths))
         moved_mib = 8 * self.num_layers * self.hidden_size * 2 / _MIB * lengths / kind.degree

@@ -6,9 +6,9 @@ import html
 import json
 from string import Template
 
-from dist_attn.planner.figure import blocks, degree_colour
-from dist_attn.planner.plan import Group, Plan
-from dist_attn.planner.schedule import group_starts
+from dist_attn.planner.figure import OVERHEAD, degree_colour
+from dist_attn.planner.plan import Group, MicroBatch, Plan
+from dist_attn.planner.schedule import Span, blocks, busy_share, group_starts, spans
 
 _WIDTH = 1000.0
 
@@ -78,6 +78,8 @@ def page(plan: Plan, static: Plan | None = None) -> str:
     legend = "".join(
         f'<span><i style="background:{degree_colour(d)}"></i>degree {d}</span>' for d in degrees
     )
+    if any(m.overhead_s > 0 for m in plan.micro_batches):
+        legend += f'<span><i style="background:{OVERHEAD}"></i>overhead</span>'
     legend += (
         '<span><i style="background:repeating-linear-gradient(135deg,#fff 0 3px,#ccc 3px 4px)">'
     )
@@ -89,20 +91,18 @@ def page(plan: Plan, static: Plan | None = None) -> str:
         ),
         cards=_cards(plan, static),
         height=f"{height + 34:g}",
-        drawing=_drawing(plan, height),
+        drawing=drawing(plan, height),
         legend=legend,
         data=json.dumps(_groups(plan), separators=(",", ":")).replace("</", "<\\/"),
     )
 
 
 def _cards(plan: Plan, static: Plan | None) -> str:
-    used = sum(g.time_s * g.degree for m in plan.micro_batches for g in m.groups)
-    busy = used / (plan.predicted_s * plan.world_size) if plan.predicted_s else 1.0
     facts = [
         (f"{plan.predicted_s:.4g} s", "predicted step"),
         (f"{plan.lower_bound_s:.4g} s", "lower bound"),
         (f"{plan.gap:.1%}", "gap"),
-        (f"{busy:.1%}", "ranks busy"),
+        (f"{busy_share(plan):.1%}", "ranks busy"),
         (str(len(plan.micro_batches)), "micro-batches"),
         (f"{plan.solver.seconds:.2f} s", "to solve"),
     ]
@@ -113,17 +113,26 @@ def _cards(plan: Plan, static: Plan | None) -> str:
     return "".join(f'<div class="card"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
 
 
-def _drawing(plan: Plan, height: float) -> str:
-    parts = [f'<rect x="0" y="0" width="{_WIDTH:g}" height="{height:g}" fill="url(#idle)"/>']
+def drawing(plan: Plan, height: float, *, labels: bool = True) -> str:
+    """The timeline as SVG elements, 1,000 wide; with `labels` also axes and a hatched ground."""
+    parts = []
+    if labels:
+        parts.append(f'<rect width="{_WIDTH:g}" height="{height:g}" fill="url(#idle)"/>')
     per_s = _WIDTH / (plan.predicted_s or 1.0)
     per_rank = height / plan.world_size
-    number = 0
+    for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
+        if micro_batch.overhead_s > 0:
+            parts.append(
+                f'<rect x="{starts[0] * per_s:.2f}" width="{micro_batch.overhead_s * per_s:.2f}" '
+                f'height="{height:g}" fill="{OVERHEAD}"/>'
+            )
+    for span in spans(plan):
+        parts += _block(span, per_s, per_rank, labels=labels)
+    if not labels:
+        return "".join(parts)
     for m, (micro_batch, starts) in enumerate(
         zip(plan.micro_batches, group_starts(plan), strict=True)
     ):
-        for group, start in zip(micro_batch.groups, starts, strict=True):
-            parts += _block(group, number, start * per_s, per_s, per_rank)
-            number += 1
         if plan.synchronisation == "micro_batch":
             x, end = starts[0] * per_s, (starts[0] + micro_batch.time_s) * per_s
             parts.append(f'<path d="M{end:.2f} 0V{height:g}" stroke="#000" stroke-width="1"/>')
@@ -141,20 +150,18 @@ def _drawing(plan: Plan, height: float) -> str:
     return "\n".join(parts)
 
 
-def _block(group: Group, number: int, x: float, per_s: float, per_rank: float) -> list[str]:
-    parts = []
-    width = group.time_s * per_s
-    for first, count in blocks(group.ranks):
-        y, tall = first * per_rank, count * per_rank
+def _block(span: Span, per_s: float, per_rank: float, *, labels: bool) -> list[str]:
+    x, width = span.start_s * per_s, span.seconds * per_s
+    y, tall = span.first_rank * per_rank, span.num_ranks * per_rank
+    parts = [
+        f'<rect class="g" data-k="{span.number}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
+        f'height="{tall:.2f}" fill="{degree_colour(span.group.degree)}"/>'
+    ]
+    if labels and tall >= 10 and width >= 14:
         parts.append(
-            f'<rect class="g" data-k="{number}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
-            f'height="{tall:.2f}" fill="{degree_colour(group.degree)}"/>'
+            f'<text x="{x + width / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
+            f'text-anchor="middle">{span.group.degree}</text>'
         )
-        if tall >= 10 and width >= 14:
-            parts.append(
-                f'<text x="{x + width / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
-                f'text-anchor="middle">{group.degree}</text>'
-            )
     return parts
 
 
@@ -176,8 +183,16 @@ def _groups(plan: Plan) -> list[dict[str, object]]:
                     "t": group.tokens,
                     "c": group.compute_s + group.overhead_s,
                     "x": group.communication_s,
-                    "i": micro_batch.time_s - group.time_s,
+                    "i": micro_batch.time_s - _end(micro_batch, group),
                     "b": group.memory_bytes / 2**30,
                 }
             )
     return rows
+
+
+def _end(micro_batch: MicroBatch, group: Group) -> float:
+    """When the group's ranks are done with the micro-batch, on average where they differ."""
+    if not group.rank_s:
+        return group.time_s
+    seconds = micro_batch.seconds_of_ranks()
+    return micro_batch.overhead_s + sum(seconds[r] for r in group.ranks) / group.degree

@@ -24,6 +24,18 @@ def place(
 
 
 def _place_one(program: Program, members: Groups, cluster: Cluster, cost: Costs) -> MicroBatch:
+    return MicroBatch(
+        tuple(
+            describe(program, group, ranks, cluster, cost)
+            for group, ranks in ranks_of(program, members, cluster)
+        )
+    )
+
+
+def ranks_of(
+    program: Program, members: Groups, cluster: Cluster
+) -> list[tuple[OpenGroup, tuple[int, ...]]]:
+    """Give each group of a micro-batch its ranks, large groups first."""
     classes = program.classes
 
     def size(group: OpenGroup) -> tuple[bool, bool, int, int]:
@@ -32,12 +44,10 @@ def _place_one(program: Program, members: Groups, cluster: Cluster, cost: Costs)
         return (kind.pool < 0, not kind.crosses_nodes, -kind.degree, group.documents[0])
 
     free = [[list(node) for node in pool] for pool in cluster.pools]
-    placed = []
-    for group in sorted(members, key=size):
-        kind = classes[group.cls].kind
-        ranks = tuple(sorted(_take(free, kind)))
-        placed.append(describe(program, group, ranks, cluster, cost))
-    return MicroBatch(tuple(placed))
+    return [
+        (group, tuple(sorted(_take(free, classes[group.cls].kind))))
+        for group in sorted(members, key=size)
+    ]
 
 
 def _take(free: list[list[list[int]]], kind: GroupKind) -> list[int]:
@@ -87,3 +97,22 @@ def describe(
             best = found
     assert best is not None, "the packing's own strategy is allowed"
     return best
+
+
+def reopen(group: Group, program: Program, cluster: Cluster, place_of: dict[int, int]) -> OpenGroup:
+    """The group of a plan as the solver counts it, from each document's place in the program."""
+    documents = sorted(place_of[d] for d in group.documents)
+    kinds = {cluster.device_of[r] for r in group.ranks}
+    pool = kinds.pop() if len(kinds) == 1 else -1
+    crosses = cluster.spans_nodes(group.ranks)
+    fitting = [
+        c
+        for c, k in enumerate(program.classes)
+        if k.degree == group.degree
+        and k.kind.strategy == group.strategy
+        and k.kind.pool in (pool, -1)
+        and (k.kind.crosses_nodes == crosses or k.kind.pool < 0)
+    ]
+    cls = fitting[0]
+    seconds = float(program.seconds[cls, documents].sum())
+    return OpenGroup(cls, seconds, group.tokens, documents)

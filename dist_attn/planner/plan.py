@@ -1,5 +1,9 @@
 """A plan as data: micro-batches of groups of ranks, each with its documents.
 
+With `groups` placement the groups of a micro-batch have disjoint ranks and share each document
+evenly. With `free` placement a rank may be in several groups, which it works on in the order in
+which the micro-batch lists them; shares are uneven, and what counts is each rank's sum.
+
 A plan prints, hashes, and goes through JSON unchanged; every rank compares its digest before a
 step.
 """
@@ -16,6 +20,7 @@ from typing import Any
 from dist_attn.errors import PlanError
 
 PLAN_VERSION = 1
+_MODES = {"synchronisation": ("micro_batch", "step"), "placement": ("groups", "free")}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Group:
     communication_s: float
     #: The fullest rank.
     memory_bytes: int
+    #: `free` placement: the tokens of each document on each rank. Empty: evenly on all ranks.
+    shares: tuple[tuple[int, ...], ...] = ()
+    #: `free` placement: seconds of each rank, without the micro-batch's own; the times above are
+    #: those of the rank that takes longest.
+    rank_s: tuple[float, ...] = ()
 
     @property
     def degree(self) -> int:
@@ -48,14 +58,26 @@ class Group:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups of disjoint ranks that run at the same time; a rank in no group idles."""
+    """Groups that run at the same time; a rank in no group idles."""
 
     groups: tuple[Group, ...]
+    #: `free` placement: what every rank pays once, beside its groups.
+    overhead_s: float = 0.0
 
     @property
     def time_s(self) -> float:
-        """Predicted seconds of the slowest group."""
+        """Predicted seconds of the slowest group, or with `free` placement of the slowest rank."""
+        if self.groups[0].rank_s:
+            return self.overhead_s + max(self.seconds_of_ranks().values())
         return max(g.time_s for g in self.groups)
+
+    def seconds_of_ranks(self) -> dict[int, float]:
+        """With `free` placement, each working rank's seconds in all of its groups."""
+        seconds: dict[int, float] = {}
+        for group in self.groups:
+            for rank, own in zip(group.ranks, group.rank_s, strict=True):
+                seconds[rank] = seconds.get(rank, 0.0) + own
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,8 @@ class Plan:
     #: the predicted time is when the last rank ends, and micro-batches only order each rank's
     #: groups.
     synchronisation: str = "micro_batch"
+    #: `groups` or `free`; see the module.
+    placement: str = "groups"
     version: int = PLAN_VERSION
 
     @property
@@ -104,8 +128,10 @@ class Plan:
             "lengths": self.lengths,
             "world_size": self.world_size,
             "synchronisation": self.synchronisation,
+            "placement": self.placement,
             "micro_batches": [
-                [(g.ranks, g.strategy, g.documents) for g in m.groups] for m in self.micro_batches
+                [(g.ranks, g.strategy, g.documents, g.shares) for g in m.groups]
+                for m in self.micro_batches
             ],
         }
         text = json.dumps(decisions, separators=(",", ":"))
@@ -160,25 +186,46 @@ class Plan:
         return plan
 
     def validate(self, source: str = "plan") -> None:
-        """Raise PlanError unless every document lies in one group and ranks are disjoint."""
-        if self.synchronisation not in ("micro_batch", "step"):
-            raise PlanError(
-                f"{source}: synchronisation is 'micro_batch' or 'step', got "
-                f"{self.synchronisation!r}; make the plan again"
-            )
+        """Raise PlanError unless every document lies in one group and ranks are as they must be."""
+        for name, allowed in _MODES.items():
+            if getattr(self, name) not in allowed:
+                raise PlanError(
+                    f"{source}: {name} is {' or '.join(map(repr, allowed))}, got "
+                    f"{getattr(self, name)!r}; make the plan again"
+                )
         seen: list[int] = []
         for m, micro_batch in enumerate(self.micro_batches):
-            ranks = [r for g in micro_batch.groups for r in g.ranks]
-            if len(set(ranks)) != len(ranks) or not all(0 <= r < self.world_size for r in ranks):
+            sets = [g.ranks for g in micro_batch.groups]
+            if self.placement == "groups":
+                sets = [tuple(r for ranks in sets for r in ranks)]
+            if not all(_are_ranks(ranks, self.world_size) for ranks in sets):
                 raise PlanError(
                     f"{source}: micro-batch {m} uses a rank twice or a rank outside "
                     f"0..{self.world_size - 1}; make the plan again"
                 )
             seen += [d for g in micro_batch.groups for d in g.documents]
+            for g, group in enumerate(micro_batch.groups):
+                self._validate_shares(group, f"{source}: micro-batch {m} group {g}")
         if sorted(seen) != list(range(len(self.lengths))):
             raise PlanError(
                 f"{source}: the groups hold {len(seen)} documents instead of each of "
                 f"{len(self.lengths)} once; make the plan again"
+            )
+
+    def _validate_shares(self, group: Group, name: str) -> None:
+        if self.placement == "groups":
+            if group.shares or group.rank_s:
+                raise PlanError(f"{name} has shares without `free` placement; make the plan again")
+            return
+        lengths = [self.lengths[d] for d in group.documents if 0 <= d < len(self.lengths)]
+        if (
+            len(group.rank_s) != group.degree
+            or [sum(s) for s in group.shares] != lengths
+            or any(len(s) != group.degree or min(s) < 0 for s in group.shares)
+        ):
+            raise PlanError(
+                f"{name}: the shares of each document must be one number of tokens for each of its "
+                f"{group.degree} ranks and add up to the document; make the plan again"
             )
 
     def save(self, path: str | Path) -> None:
@@ -209,6 +256,10 @@ class Plan:
         )
 
 
+def _are_ranks(ranks: tuple[int, ...], world_size: int) -> bool:
+    return len(set(ranks)) == len(ranks) and all(0 <= r < world_size for r in ranks)
+
+
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
@@ -223,7 +274,8 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
 
 def _build(data: dict[str, Any]) -> Plan:
     micro_batches = tuple(
-        MicroBatch(tuple(_build_group(g) for g in m["groups"])) for m in data.pop("micro_batches")
+        MicroBatch(tuple(_build_group(g) for g in m.pop("groups")), **m)
+        for m in data.pop("micro_batches")
     )
     if not all(m.groups for m in micro_batches):
         raise ValueError("a micro-batch without groups")
@@ -236,7 +288,9 @@ def _build_group(data: dict[str, Any]) -> Group:
     ranks, documents = _integers(data.pop("ranks")), _integers(data.pop("documents"))
     if not ranks:
         raise ValueError("a group without ranks")
-    group = Group(ranks=ranks, documents=documents, **data)
+    shares = tuple(_integers(share) for share in data.pop("shares", []))
+    rank_s = tuple(float(s) for s in data.pop("rank_s", []))
+    group = Group(ranks=ranks, documents=documents, shares=shares, rank_s=rank_s, **data)
     if not isinstance(group.strategy, str):
         raise TypeError("a strategy that is not a word")
     return group

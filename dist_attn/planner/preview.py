@@ -12,6 +12,7 @@ from dist_attn.planner.figure import figure
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.page import page
 from dist_attn.planner.plan import Group, Plan
+from dist_attn.planner.schedule import busy_share
 
 __all__ = ["figure", "page", "print_plan", "ranks_text", "write_preview"]
 
@@ -49,6 +50,10 @@ def summary(plan: Plan, static: Plan | None) -> list[str]:
         f"predicted step {seconds_text(plan.predicted_s)}  lower bound "
         f"{seconds_text(plan.lower_bound_s)}  gap {plan.gap:.1%}  ranks busy {busy:.1%}",
     ]
+    if plan.placement == "free":
+        lines.append(
+            "free placement: a rank may be in several groups; times are its slowest rank's"
+        )
     if static is None:
         lines.append("no single static degree can hold this batch")
     else:
@@ -61,12 +66,6 @@ def summary(plan: Plan, static: Plan | None) -> list[str]:
         lines.append("the time limit ended the search; planner.time_limit_s gives it more")
     lines.append(f"solved in {seconds_text(plan.solver.seconds)}")
     return lines
-
-
-def busy_share(plan: Plan) -> float:
-    """Share of all ranks' time that is not spent waiting for the slowest group."""
-    used = sum(g.time_s * g.degree for m in plan.micro_batches for g in m.groups)
-    return used / (plan.predicted_s * plan.world_size) if plan.predicted_s else 1.0
 
 
 def write_preview(plan: Plan, static: Plan | None, out: str | Path) -> list[Path]:

@@ -7,7 +7,8 @@ free, in the order in which the plan lists them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 
@@ -31,6 +32,53 @@ def group_starts(plan: Plan) -> list[list[float]]:
             row.append(start)
         starts.append(row)
     return starts
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring ranks that work on a group at the same time."""
+
+    group: Group
+    #: Of the group among all groups of the plan.
+    number: int
+    first_rank: int
+    num_ranks: int
+    start_s: float
+    seconds: float
+
+
+def spans(plan: Plan) -> Iterator[Span]:
+    """Who works on what when. With `free` placement every rank has times of its own."""
+    number = 0
+    for micro_batch, starts in zip(plan.micro_batches, group_starts(plan), strict=True):
+        ready = dict.fromkeys(range(plan.world_size), micro_batch.overhead_s)
+        for group, start in zip(micro_batch.groups, starts, strict=True):
+            if group.rank_s:
+                for rank, seconds in zip(group.ranks, group.rank_s, strict=True):
+                    yield Span(group, number, rank, 1, start + ready[rank], seconds)
+                    ready[rank] += seconds
+            else:
+                for first, count in blocks(group.ranks):
+                    yield Span(group, number, first, count, start, group.time_s)
+            number += 1
+
+
+def blocks(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ranks as (first, count) intervals."""
+    found: list[tuple[int, int]] = []
+    for r in sorted(ranks):
+        if found and sum(found[-1]) == r:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((r, 1))
+    return found
+
+
+def busy_share(plan: Plan) -> float:
+    """Share of all ranks' time that is not spent waiting for the slowest."""
+    used = sum(span.seconds * span.num_ranks for span in spans(plan))
+    used += sum(m.overhead_s for m in plan.micro_batches) * plan.world_size
+    return used / (plan.predicted_s * plan.world_size) if plan.predicted_s else 1.0
 
 
 def step_time(plan: Plan) -> float:

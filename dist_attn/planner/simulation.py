@@ -2,8 +2,9 @@
 
 The plan's predicted times take every rank of a group to be equally quick. Here each rank's work in
 each layer varies by a random factor, the ranks of a group wait for each other in every layer (they
-exchange keys and values there), and groups wait as the plan's synchronisation says. The report says
-where the ranks' time went.
+exchange keys and values there), and groups wait as the plan's synchronisation says. With `free`
+placement a rank works on its groups one after the other in every layer, and in each of them waits
+for the ranks that it shares documents with. The report says where the ranks' time went.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.planner.plan import Group, Plan
+from dist_attn.planner.cost import FloatArray
+from dist_attn.planner.plan import Group, MicroBatch, Plan
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def simulate(plan: Plan, num_layers: int, jitter: float = 0.0, seed: int = 0) ->
     for micro_batch in plan.micro_batches:
         if plan.synchronisation == "micro_batch":
             ready[:] = ready.max()
+        if plan.placement == "free":
+            _play_free(micro_batch, num_layers, jitter, generator, ready, spent)
+            continue
         for group in micro_batch.groups:
             ranks = list(group.ranks)
             own, together = _play(group, num_layers, jitter, generator)
@@ -73,6 +78,32 @@ def simulate(plan: Plan, num_layers: int, jitter: float = 0.0, seed: int = 0) ->
         group_wait_share=shares["wait"],
         idle_share=1.0 - sum(shares.values()),
     )
+
+
+def _play_free(
+    micro_batch: MicroBatch,
+    num_layers: int,
+    jitter: float,
+    generator: np.random.Generator,
+    ready: FloatArray,
+    spent: dict[str, float],
+) -> None:
+    """One micro-batch of `free` placement; adds to `ready` and `spent` in place."""
+    ready += micro_batch.overhead_s
+    spent["overhead"] += micro_batch.overhead_s * len(ready)
+    blocks = [(np.array(g.ranks), np.array(g.rank_s) / num_layers) for g in micro_batch.groups]
+    for _ in range(num_layers):
+        for group, (ranks, mean) in zip(micro_batch.groups, blocks, strict=True):
+            own = mean
+            if jitter:
+                own = mean * generator.gamma(1 / jitter**2, jitter**2, size=len(ranks))
+            start = float(ready[ranks].max())
+            spent["wait"] += float((start - ready[ranks]).sum())
+            ready[ranks] = start + own
+            # A group tells how its slowest rank's time divides.
+            computed = group.compute_s / group.time_s if group.time_s else 1.0
+            spent["compute"] += float(own.sum()) * computed
+            spent["communication"] += float(own.sum()) * (1 - computed)
 
 
 def _play(

@@ -66,7 +66,7 @@ def plan(
     started = time.monotonic()
     program = build_program(lengths, cluster, cost, planner, strategies)
     deadline = started + planner.time_limit_s
-    batches, search = _best_batches(program, seed, effort, deadline)
+    batches, search = best_batches(program, seed, effort, deadline)
     better = decide(program, batches)
     micro_batches = place(program, better or batches, cluster, cost)
     predicted = sum(m.time_s for m in micro_batches)
@@ -111,18 +111,24 @@ def static_plan(
     return min(plans, key=lambda p: p.predicted_s, default=None)
 
 
-def _best_batches(
+def best_batches(
     program: Program, seed: int, effort: Effort, deadline: float
 ) -> tuple[list[Groups], Search]:
+    """The best micro-batches of groups that the search finds.
+
+    Raises:
+        PlanError: more micro-batches than allowed.
+    """
     fluid = Fluid(program, count_long(program))
     search = Search(fluid, seed, program.max_micro_batches, deadline)
-    best, best_s = _one_degree(program, seed, deadline)
+    best: list[Groups] = []
+    best_s = math.inf
     found = _search(program, fluid, search, effort.steps)
     if found is not None:
         batches = pour(fluid, found)
-        total = sum(batch_times(fluid, batches))
-        if len(batches) <= program.max_micro_batches and total < best_s:
-            best = batches
+        if len(batches) <= program.max_micro_batches:
+            best, best_s = batches, sum(batch_times(fluid, batches))
+    best = _one_degree(program, seed, deadline, best_s) or best
     if not best:
         raise PlanError(
             f"{len(program.lengths)} documents of {int(program.lengths.sum())} tokens do not fit "
@@ -156,10 +162,14 @@ def _search(program: Program, fluid: Fluid, search: Search, steps: int) -> Arran
     return search.run(best, steps if refined else steps * 2 // 5, warmth=0.0003)
 
 
-def _one_degree(program: Program, seed: int, deadline: float) -> tuple[list[Groups], float]:
-    """The best first arrangement whose groups all have one degree, so that no plan is worse."""
-    best: list[Groups] = []
-    best_s = math.inf
+def _one_degree(
+    program: Program, seed: int, deadline: float, known_s: float
+) -> list[Groups] | None:
+    """The best first arrangement whose groups all have one degree, if it beats `known_s`.
+
+    So no plan is worse than these.
+    """
+    best, best_s = None, known_s
     degrees = np.array([c.degree for c in program.classes])
     for degree in sorted(set(degrees.tolist())):
         rows = np.flatnonzero(degrees == degree)
@@ -173,13 +183,14 @@ def _one_degree(program: Program, seed: int, deadline: float) -> tuple[list[Grou
         fluid = Fluid(only, count_long(only))
         count, aim_s = _start(only, fluid)
         first = Search(fluid, seed, program.max_micro_batches, deadline).start(aim_s, count)
-        if first is None:
+        # Pouring never takes less than the fluid.
+        if first is None or first.score.total >= best_s:
             continue
         batches = pour(fluid, first)
         total = sum(batch_times(fluid, batches))
         if len(batches) <= program.max_micro_batches and total < best_s:
             best, best_s = _renumbered(batches, rows.tolist()), total
-    return best, best_s
+    return best
 
 
 def _renumbered(batches: list[Groups], classes: list[int]) -> list[Groups]:

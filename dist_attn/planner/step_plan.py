@@ -23,8 +23,8 @@ from dist_attn.config import PlannerConfig
 from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import Costs
 from dist_attn.planner.fluid import Fluid, OpenGroup, count_long
-from dist_attn.planner.placement import describe
-from dist_attn.planner.plan import Group, Plan, SolverReport
+from dist_attn.planner.placement import describe, reopen
+from dist_attn.planner.plan import Plan, SolverReport
 from dist_attn.planner.pour import Vessel, distribute
 from dist_attn.planner.program import Program, build_program
 from dist_attn.planner.schedule import layers, step_time
@@ -132,31 +132,11 @@ def _spread(joint: Plan, program: Program, cluster: Cluster) -> list[_Placed]:
     jobs: list[tuple[float, OpenGroup]] = []
     for micro_batch in joint.micro_batches:
         for group in micro_batch.groups:
-            jobs.append((group.time_s, _reopen(group, program, cluster, place_of)))
+            jobs.append((group.time_s, reopen(group, program, cluster, place_of)))
     board = _Board(program, cluster)
     degree = [c.degree for c in program.classes]
     jobs.sort(key=lambda job: (-degree[job[1].cls], -job[0], job[1].documents))
     return [board.place(group, seconds) for seconds, group in jobs]
-
-
-def _reopen(
-    group: Group, program: Program, cluster: Cluster, place_of: dict[int, int]
-) -> OpenGroup:
-    documents = sorted(place_of[d] for d in group.documents)
-    kinds = {cluster.device_of[r] for r in group.ranks}
-    pool = kinds.pop() if len(kinds) == 1 else -1
-    crosses = cluster.spans_nodes(group.ranks)
-    fitting = [
-        c
-        for c, k in enumerate(program.classes)
-        if k.degree == group.degree
-        and k.kind.strategy == group.strategy
-        and k.kind.pool in (pool, -1)
-        and (k.kind.crosses_nodes == crosses or k.kind.pool < 0)
-    ]
-    cls = fitting[0]
-    seconds = float(program.seconds[cls, documents].sum())
-    return OpenGroup(cls, seconds, group.tokens, documents)
 
 
 def _direct(

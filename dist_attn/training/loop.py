@@ -170,7 +170,11 @@ class _Run:
         self._folder = folder
         self._corpus = corpus
         self._plans = plans
-        capacity = 64 * config.engine.tensor_parallel_degree
+        # A plan may need every aligned block of ranks at once, but those of disjoint groups.
+        rules = config.planner
+        many = rules.placement == "free" or rules.synchronisation == "step"
+        capacity = max(64, 2 * runtime.world_size) if many else 64
+        capacity *= config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
         self._guard = CorpusGuard(corpus, speaks=runtime.is_main)

@@ -78,9 +78,13 @@ def describe_groups(plan: Plan) -> str:
 def imbalance(forward_s: list[list[float]]) -> float:
     """Largest over mean, per micro-batch and weighted by time.
 
+    Ranks that run different numbers of micro-batches do not wait in each: their sums are compared.
+
     Args:
         forward_s: per rank, the forward seconds of each micro-batch.
     """
+    if len({len(times) for times in forward_s}) > 1:
+        forward_s = [[sum(times)] for times in forward_s]
     by_micro_batch = list(zip(*forward_s, strict=True))
     largest = sum(max(times) for times in by_micro_batch)
     mean = sum(sum(times) / len(times) for times in by_micro_batch)

@@ -134,6 +134,13 @@ class PlanSource:
                 f"{path} plans {len(result.lengths)} documents of other lengths than this step's "
                 f"{len(lengths)}; plan the corpus and batch size that are trained"
             )
+        rules = self._problem.config
+        for key in ("synchronisation", "placement"):
+            if getattr(result, key) != getattr(rules, key):
+                raise PlanError(
+                    f"{path} is a plan with {key} '{getattr(result, key)}', and planner.{key} is "
+                    f"'{getattr(rules, key)}'; set the latter to the plan's, or plan anew"
+                )
         return result
 
 

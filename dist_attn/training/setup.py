@@ -78,14 +78,27 @@ def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> Planni
     with runtime.together():
         whole = ModelShape.from_config(config.model, corpus.vocab_size)
         shape = tensor_parallel_shape(whole, degree)
-    names = runtime.gather(_device_name(runtime))
+    whole_cluster = cluster_at_hand(config, runtime)
     with runtime.together():
-        cluster = tensor_parallel_cluster(_cluster(config, runtime, names), shape, degree)
+        cluster = tensor_parallel_cluster(whole_cluster, shape, degree)
         rules = layer_rules_of(config, whole)
         cost = cost_model(config, cluster, shape, rules, config.data.max_document_tokens)
     return PlanningProblem(
         cluster, cost, config.planner, tuple(config.attention.strategies), config.run.seed
     )
+
+
+def cluster_at_hand(config: Config, runtime: Runtime) -> Cluster:
+    """The cluster of the ranks that run, as described or as found.
+
+    Collective: by all ranks.
+
+    Raises:
+        ConfigError: on every rank, when the described cluster has another number of ranks.
+    """
+    names = runtime.gather(_device_name(runtime))
+    with runtime.together():
+        return _cluster(config, runtime, names)
 
 
 def _device_name(runtime: Runtime) -> str:

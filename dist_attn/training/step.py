@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,14 +15,14 @@ from dist_attn.attention.context import AttentionContext
 from dist_attn.comm.ledger import Ledger
 from dist_attn.comm.stopwatch import Stopwatch
 from dist_attn.config import Config
-from dist_attn.data import Corpus, LocalBatch, build_local_batch, valid_tokens
+from dist_attn.data import Corpus, LocalBatch, build_local_batch, join_batches, valid_tokens
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
 from dist_attn.integrations.gradient_probe import GradientProbe
 from dist_attn.masks import Causal, Documents
 from dist_attn.masks.layers import LayerRules
-from dist_attn.planner.plan import Group, MicroBatch, Plan
+from dist_attn.planner.plan import Group, Plan
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.slow_ranks import Work
 from dist_attn.training.topology import Topology
@@ -45,6 +45,18 @@ class StepResult:
     suspects: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a rank runs in one micro-batch: its groups, none where it idles.
+
+    There is at most one, but with `free` placement. `batch` is all `parts` together.
+    """
+
+    groups: list[Group]
+    parts: list[LocalBatch]
+    batch: LocalBatch
+
+
 class StepRunner:
     """Carries out plans on one rank."""
 
@@ -65,7 +77,7 @@ class StepRunner:
         self._pool = pool
         self._rules = rules
         #: Of the last step's micro-batches.
-        self._probes: list[tuple[LocalBatch, Group | None, GradientProbe]] = []
+        self._probes: list[tuple[_Share, GradientProbe]] = []
         self._topology = Topology(
             runtime.world_size,
             runtime.rank,
@@ -82,7 +94,9 @@ class StepRunner:
         Tells `mark` what it is about to do.
 
         A rank that is in no group of a micro-batch runs one token of padding, whose loss and
-        gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch.
+        gradients are zero, because ZeRO-2 and 3 communicate in every micro-batch. Under `step`
+        synchronisation a rank runs its own micro-batches only, and every rank one of padding in
+        the end: in its backward the ranks reduce their gradients.
 
         Collective: by all ranks with the same plan.
 
@@ -95,53 +109,58 @@ class StepRunner:
         waits: list[tuple[Stopwatch, int]] = []
         losses: list[Tensor] = []
         tokens = padding = 0
-        last = len(plan.micro_batches) - 1
         self._probes = []
+        todo = self._todo(plan)
         mark("reading the tokens")
         with self._runtime.together():
-            batches = self._read(plan, document_ids)
-        for index, micro_batch in enumerate(plan.micro_batches):
+            shares = self._read(todo, document_ids)
+        for index, share in enumerate(shares):
+            last = index == len(shares) - 1
             mark(f"forward of micro-batch {index}")
+            if plan.synchronisation == "micro_batch":
+                self._ensure(plan.micro_batches[index].groups)
             standing_still = Stopwatch(self._runtime.device)
-            ledger = Ledger(waits=standing_still)
-            batch, context = self._local(micro_batch, batches[index], ledger)
+            context = self._context(share, Ledger(waits=standing_still))
+            batch = share.batch.to(self._runtime.device, non_blocking=True)
             probe = GradientProbe()
-            self._probes.append((batches[index], self._group(micro_batch), probe))
+            self._probes.append((share, probe))
             with watch:
                 loss = self._forward(batch, context, probe)
             # The backward will add to them.
             waits.append((standing_still, len(standing_still)))
             losses.append(loss.detach())
             loss_sum += losses[-1].double()
-            if index == last:
+            if last:
+                self._catch_up(plan, len(shares), mark)
                 mark("the sum of the losses")
                 loss = loss * self._one_if_finite(loss_sum)
             mark(f"backward of micro-batch {index}")
             # A step of one-token documents predicts nothing; its gradients are zero.
-            self._engine.backward(loss, max(total, 1), last=index == last)
+            self._engine.backward(loss, max(total, 1), last=last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
         mean = float(loss_sum) / max(total, 1)
         suspects: tuple[int, ...] = ()
         if not math.isfinite(mean):
-            suspects = self._suspects(plan, document_ids, losses)
+            suspects = self._suspects(shares, document_ids, losses)
         forward_s = watch.seconds()
         waited_s = [sum(stopwatch.seconds()[:count]) for stopwatch, count in waits]
-        work = self._work(plan, forward_s, waited_s)
+        work = _work(shares, forward_s, waited_s)
         return StepResult(mean, forward_s, tokens, padding, work, suspects)
 
-    def _work(self, plan: Plan, forward_s: list[float], waited_s: list[float]) -> Work:
-        seconds = planned_s = 0.0
-        count = 0
-        for micro_batch, forward, waited in zip(
-            plan.micro_batches, forward_s, waited_s, strict=True
-        ):
-            group = self._group(micro_batch)
-            if group is not None:
-                seconds += forward - waited
-                planned_s += group.compute_s
-                count += 1
-        return Work(seconds, planned_s, count)
+    def _catch_up(self, plan: Plan, done: int, mark: Callable[[str], None]) -> None:
+        """Mark as often as the rank with the most micro-batches.
+
+        Who waits for whom is told by how often each has marked.
+        """
+        if plan.synchronisation == "micro_batch":
+            return
+        ranks = range(plan.world_size)
+        most = max(
+            sum(any(r in g.ranks for g in m.groups) for m in plan.micro_batches) for r in ranks
+        )
+        for _ in range(2 * (most + 1 - done)):
+            mark("waiting for ranks with more micro-batches")
 
     def _one_if_finite(self, loss_sum: Tensor) -> Tensor:
         """Add up the ranks' losses in place; 1, or NaN if the sum is not finite.
@@ -156,13 +175,12 @@ class StepRunner:
         return (1 + (loss_sum - loss_sum)).float()
 
     def _suspects(
-        self, plan: Plan, document_ids: IntArray, losses: list[Tensor]
+        self, shares: list[_Share], document_ids: IntArray, losses: list[Tensor]
     ) -> tuple[int, ...]:
         found: list[int] = []
-        for micro_batch, loss in zip(plan.micro_batches, losses, strict=True):
-            group = self._group(micro_batch)
-            if group is not None and not math.isfinite(float(loss)):
-                found += [int(document_ids[d]) for d in group.documents]
+        for share, loss in zip(shares, losses, strict=True):
+            if not math.isfinite(float(loss)):
+                found += [int(document_ids[d]) for g in share.groups for d in g.documents]
         return tuple(found)
 
     def suspects_of_gradients(self, document_ids: IntArray) -> tuple[int, ...]:
@@ -172,19 +190,30 @@ class StepRunner:
             document_ids: of that step.
         """
         found: set[int] = set()
-        for batch, group, probe in self._probes:
+        for share, probe in self._probes:
             places = probe.not_finite().numpy()
-            if group is None or not places.size:
-                continue
-            stream = batch.layout.positions(batch.cp_rank)
-            stream = stream[places[places < len(stream)]]
-            which = np.searchsorted(batch.cu_seqlens.numpy(), stream, side="right") - 1
-            found.update(int(document_ids[group.documents[d]]) for d in np.unique(which))
+            first = 0
+            for group, part in zip(share.groups, share.parts, strict=False):
+                stream = part.layout.positions(part.cp_rank)
+                mine = places[(places >= first) & (places < first + len(stream))] - first
+                first += len(stream)
+                bounds = part.cu_seqlens.numpy()
+                which = np.searchsorted(bounds, stream[mine], side="right") - 1
+                found.update(int(document_ids[group.documents[d]]) for d in np.unique(which))
         return tuple(sorted(found))
 
-    def _group(self, micro_batch: MicroBatch) -> Group | None:
+    def _todo(self, plan: Plan) -> list[list[Group]]:
+        """This rank's groups in each micro-batch that it runs."""
         plan_rank = self._topology.plan_rank
-        return next((g for g in micro_batch.groups if plan_rank in g.ranks), None)
+        mine = [[g for g in m.groups if plan_rank in g.ranks] for m in plan.micro_batches]
+        if plan.synchronisation == "micro_batch":
+            return mine
+        # All make the process groups together, before any of them runs ahead.
+        self._ensure(g for m in plan.micro_batches for g in m.groups)
+        return [*(groups for groups in mine if groups), []]
+
+    def _ensure(self, groups: Iterable[Group]) -> None:
+        self._pool.ensure(s for g in groups for s in self._topology.rank_sets(g.ranks, g.strategy))
 
     def _forward(
         self, batch: LocalBatch, context: AttentionContext, probe: GradientProbe
@@ -197,47 +226,47 @@ class StepRunner:
             gradient_probe=probe,
         )
 
-    def _read(self, plan: Plan, document_ids: IntArray) -> list[LocalBatch]:
+    def _read(self, todo: list[list[Group]], document_ids: IntArray) -> list[_Share]:
         """This rank's tokens of every micro-batch.
 
         All at once and right after a look at the files: cutting a file short that is under a memory
         map ends the process that reads on.
         """
         self._corpus.check()
-        batches = []
-        for micro_batch in plan.micro_batches:
-            group = self._group(micro_batch)
-            batches.append(
-                build_local_batch(
-                    self._corpus,
-                    document_ids,
-                    group,
-                    cp_rank=0 if group is None else group.ranks.index(self._topology.plan_rank),
-                    layout_kind=self._layout_kind(group),
-                    pad_to_multiple=self._config.data.pad_to_multiple,
-                    rules=self._rules,
-                )
-            )
-        return batches
+        multiple = self._config.data.pad_to_multiple
+        shares = []
+        for groups in todo:
+            if len(groups) > 1:
+                parts = [self._part(document_ids, g, 0) for g in groups]
+                shares.append(_Share(groups, parts, join_batches(parts, multiple)))
+            else:
+                part = self._part(document_ids, groups[0] if groups else None, multiple)
+                shares.append(_Share(groups, [part], part))
+        return shares
 
-    def _local(
-        self, micro_batch: MicroBatch, batch: LocalBatch, ledger: Ledger
-    ) -> tuple[LocalBatch, AttentionContext]:
-        """This rank's tensors of a micro-batch, and how their attention is carried out."""
-        topology = self._topology
-        self._pool.ensure(
-            s for g in micro_batch.groups for s in topology.rank_sets(g.ranks, g.strategy)
+    def _part(self, document_ids: IntArray, group: Group | None, multiple: int) -> LocalBatch:
+        return build_local_batch(
+            self._corpus,
+            document_ids,
+            group,
+            cp_rank=0 if group is None else group.ranks.index(self._topology.plan_rank),
+            layout_kind=self._layout_kind(group),
+            pad_to_multiple=multiple,
+            rules=self._rules,
         )
-        comm = self._comm_group(self._group(micro_batch))
-        assert comm.cp_rank == batch.cp_rank
-        context = local_context(
-            batch,
-            comm,
-            self._rules,
-            deterministic=self._config.attention.deterministic,
-            ledger=ledger,
-        )
-        return batch.to(self._runtime.device, non_blocking=True), context
+
+    def _context(self, share: _Share, ledger: Ledger) -> AttentionContext:
+        """How the attention of a micro-batch is carried out."""
+        contexts = []
+        groups: Sequence[Group | None] = share.groups or [None]
+        for group, part in zip(groups, share.parts, strict=True):
+            comm = self._comm_group(group)
+            assert comm.cp_rank == part.cp_rank
+            deterministic = self._config.attention.deterministic
+            contexts.append(
+                local_context(part, comm, self._rules, deterministic=deterministic, ledger=ledger)
+            )
+        return contexts[0] if len(contexts) == 1 else joined_context(share.batch, contexts)
 
     def _comm_group(self, group: Group | None) -> CommGroup:
         if group is None:
@@ -276,3 +305,23 @@ def local_context(
     # Layers of one rule share a mask object, and with it everything that is worked out from it.
     by_rule = {rule: replace(whole, mask=rules.mask(rule, cu_seqlens)) for rule in rules.distinct}
     return replace(whole, layers=tuple(by_rule[rule] for rule in rules.of_layer))
+
+
+def joined_context(batch: LocalBatch, parts: list[AttentionContext]) -> AttentionContext:
+    """The context of a rank that works in several groups, from theirs."""
+    whole = replace(parts[0], layers=(), parts=tuple(parts), num_padding=batch.num_padding)
+    if not parts[0].layers:
+        return whole
+    layers = zip(*(p.layers for p in parts), strict=True)
+    return replace(whole, layers=tuple(replace(whole, parts=of_layer) for of_layer in layers))
+
+
+def _work(shares: list[_Share], forward_s: list[float], waited_s: list[float]) -> Work:
+    seconds = planned_s = 0.0
+    count = 0
+    for share, forward, waited in zip(shares, forward_s, waited_s, strict=True):
+        if share.groups:
+            seconds += forward - waited
+            planned_s += sum(g.compute_s for g in share.groups)
+            count += 1
+    return Work(seconds, planned_s, count)

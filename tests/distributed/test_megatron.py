@@ -6,6 +6,7 @@ also hold the mapping of weights and gradients between the two.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,16 @@ def run_plans(
     pool = GroupPool()
     found = {}
     cases = [(n, s) for n in PLANS[degree] for s in ("ring", "ulysses")] + [("control", "ring")]
+    cases.append(("step", "ring"))
     for name, strategy in cases:
         control = name == "control"
         runs = WrongWeight(engine, degree) if control else engine
         runner = StepRunner(runs, corpus, config, runtime_here(), pool)
-        plan = make_plan(PLANS[degree][CONTROL[degree] if control else name], strategy, lengths)
+        shape = PLANS[degree].get(name, PLANS[degree][CONTROL[degree]])
+        plan = make_plan(shape, strategy, lengths)
+        if name == "step":
+            # Ranks run different numbers of micro-batches.
+            plan = dataclasses.replace(plan, synchronisation="step")
         result = runner.accumulate(plan, ids)
         gradients = {n: engine.full_gradient(n) for n in expected[1]}
         found[name, strategy] = errors(result.loss, gradients, expected)

@@ -7,6 +7,7 @@ no sharding, no plan and no DeepSpeed.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_attn.attention.context import AttentionContext
-from dist_attn.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from dist_attn.config import Config, DataConfig, ModelConfig, OptimizerConfig, PlannerConfig
 from dist_attn.data import build_local_batch, open_corpus, valid_tokens
 from dist_attn.groups import GroupPool, single_rank_group
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
 from dist_attn.integrations.hf import build_model
+from dist_attn.layout import shares_of_fractions
 from dist_attn.masks.layers import LayerRules
+from dist_attn.planner.cluster import local_cluster
 from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
 from dist_attn.planner.shape import ModelShape
+from dist_attn.planner.step_plan import plan_step
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.step import StepRunner, local_context
 from tests.ranks import run_ranks
@@ -46,6 +52,24 @@ PLANS: dict[str, list[list[tuple[int, ...]]]] = {
     "4 | 2+2 | 1": [[(0, 1, 2, 3)], [(0, 3), (1, 2)], [(2,)]],
 }
 STRATEGIES = ("ring", "ulysses")
+
+#: `free` placement: per micro-batch ranks, documents, and the ranks' parts of each of them. Chains
+#: of documents that meet on a rank, whole ones beside them, and a rank without a share.
+FREE_PLANS: dict[str, list[list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]] = {
+    "free chain": [
+        [
+            ((0, 1, 2), (0, 5), (3, 4, 1)),
+            ((2, 3), (1,), (1, 5)),
+            ((0,), (6, 7), (1,)),
+            ((3,), (8,), (1,)),
+        ],
+        [((0, 1, 2, 3), (2, 3), (5, 0, 1, 2)), ((1,), (4,), (1,))],
+    ],
+    "free crossing": [
+        [((0, 2), (0, 1), (2, 3)), ((1, 2, 3), (2, 4), (1, 1, 3)), ((0, 3), (3,), (4, 1))],
+        [((1,), (5, 6), (1,)), ((1, 3), (7, 8), (1, 1))],
+    ],
+}
 
 
 def config_of(
@@ -75,7 +99,7 @@ def documents_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def make_plan(name: str, strategy: str, lengths: tuple[int, ...], layouts: int = 0) -> Plan:
-    shape = PLANS[name]
+    shape = (PLANS | STEP_PLANS)[name]
     slots = [(m, g) for m, groups in enumerate(shape) for g in range(len(groups))]
     dealt: dict[tuple[int, int], list[int]] = {slot: [] for slot in slots}
     for document in range(len(lengths)):
@@ -99,6 +123,52 @@ def make_plan(name: str, strategy: str, lengths: tuple[int, ...], layouts: int =
         for m, groups in enumerate(shape)
     )
     return Plan(lengths, 4, micro_batches, 1.0, 1.0, SolverReport("test"), "", "")
+
+
+def make_free_plan(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
+    if name == "free planned":
+        cluster = local_cluster(4, ["cpu"] * 4, 4)
+        shape = ModelShape.from_config(ModelConfig(dtype="fp32"), 257)
+        cost = CostModel.derive(shape, cluster, 2, max_tokens_per_device=460)
+        return plan_free(lengths, cluster, cost, PlannerConfig(time_limit_s=60.0), [strategy])
+    micro_batches = []
+    for groups in FREE_PLANS[name]:
+        made = []
+        for ranks, documents, parts in groups:
+            fractions = np.tile(np.array(parts, dtype=np.float64), (len(documents), 1))
+            own = [lengths[d] for d in documents]
+            shares = shares_of_fractions(own, fractions)
+            made.append(
+                Group(
+                    ranks, strategy if len(ranks) > 1 else "local", documents, sum(own),
+                    0.0, 0.0, 0.0, 0,
+                    shares=tuple(tuple(row) for row in shares.tolist()),
+                    rank_s=(0.0,) * len(ranks),
+                )
+            )  # fmt: skip
+        micro_batches.append(MicroBatch(tuple(made)))
+    report = SolverReport("test")
+    plan = Plan(lengths, 4, tuple(micro_batches), 1.0, 1.0, report, "", "", placement="free")
+    plan.validate()
+    return plan
+
+
+#: `step` synchronisation: chains in which the last group of one rank is the first of another, and
+#: ranks with one, two and three micro-batches.
+STEP_PLANS: dict[str, list[list[tuple[int, ...]]]] = {
+    "step chain": [[(0, 1), (2,)], [(1, 2), (3,)], [(2, 3)]],
+    "step uneven": [[(0, 1, 2), (3,)], [(3,)], [(3,)], [(2, 3)]],
+    "step idle": [[(0,), (1, 2)]],
+}
+
+
+def make_step_plan(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
+    if name == "step planned":
+        cluster = local_cluster(4, ["cpu"] * 4, 4)
+        shape = ModelShape.from_config(ModelConfig(dtype="fp32"), 257)
+        cost = CostModel.derive(shape, cluster, 1, max_tokens_per_device=460)
+        return plan_step(lengths, cluster, cost, PlannerConfig(time_limit_s=60.0), [strategy])
+    return dataclasses.replace(make_plan(name, strategy, lengths), synchronisation="step")
 
 
 def rules_of(config: Config) -> LayerRules | None:
@@ -157,7 +227,8 @@ def run_plans(
     found = {}
     for name, strategy in cases:
         wrong = _WrongWeight(engine, rank) if name == "control" else None
-        plan = make_plan("2+1+1" if wrong else name, strategy, lengths)
+        make = {"free": make_free_plan, "step": make_step_plan}.get(name.split()[0], make_plan)
+        plan = make("2+1+1" if wrong else name, strategy, lengths)
         if wrong:
             runner = StepRunner(wrong, corpus, config, runtime, pool, rules_of(config))
         result = runner.accumulate(plan, ids)
@@ -207,6 +278,51 @@ def test_loss_and_gradients_do_not_depend_on_the_plan(
             assert gradient_error <= GRADIENT_TOLERANCE, case
         assert control[0] > 100 * LOSS_TOLERANCE
         assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_free_placement_changes_nothing(
+    cache: str, expected: tuple[float, dict[str, Tensor]], stage: int
+) -> None:
+    """Uneven shares, several groups on a rank; the control weighs two ranks' tokens 5% too much."""
+    cases = [(name, s) for name in FREE_PLANS for s in (*STRATEGIES, "gather")]
+    cases += [("free planned", "gather"), ("free planned", "ulysses"), ("control", "ring")]
+    found = run_ranks(run_plans, 4, cache, stage, cases, expected, 1, timeout_s=120)
+    for by_case in found:
+        control = by_case.pop(("control", "ring"))
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+        assert control[0] > 100 * LOSS_TOLERANCE
+        assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_ranks_that_run_ahead_change_nothing(
+    cache: str, expected: tuple[float, dict[str, Tensor]], stage: int
+) -> None:
+    """Different numbers of micro-batches and other partners in each, also after waiting plans."""
+    cases = [(name, s) for name in STEP_PLANS for s in (*STRATEGIES, "gather")]
+    cases += [("3+1", "ring"), ("step planned", "ring"), ("control", "ring")]
+    found = run_ranks(run_plans, 4, cache, stage, cases, expected, 1, timeout_s=120)
+    for by_case in found:
+        control = by_case.pop(("control", "ring"))
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
+        assert control[0] > 100 * LOSS_TOLERANCE
+        assert control[1] > 10 * GRADIENT_TOLERANCE
+
+
+def test_free_placement_with_padding_and_masks_of_layers(cache: str) -> None:
+    masks = ({"kind": "window", "layers": [1], "window_tokens": 50, "sink_tokens": 3},)
+    windowed = run_ranks(reference, 1, cache, masks)[0]
+    cases = [("free chain", "gather"), ("free crossing", "ring")]
+    found = run_ranks(run_plans, 4, cache, 2, cases, windowed, 64, "cpu", "fp32", masks)
+    for by_case in found:
+        for case, (loss_error, gradient_error) in by_case.items():
+            assert loss_error <= LOSS_TOLERANCE, case
+            assert gradient_error <= GRADIENT_TOLERANCE, case
 
 
 def test_padding_changes_nothing(cache: str, expected: tuple[float, dict[str, Tensor]]) -> None:

@@ -80,6 +80,14 @@ def plan_of_another_version(folder: Path) -> list[str]:
     return overrides
 
 
+def plan_of_another_synchronisation(folder: Path) -> list[str]:
+    overrides = plan_of_another_cluster(folder)
+    (folder / "given" / "step-000000.json").write_text(
+        (folder / "other" / "plans" / "step-000000.json").read_text()
+    )
+    return [*overrides, "planner.synchronisation=step", "engine.zero_stage=1"]
+
+
 CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "missing path": (
         lambda f: [f"data.corpus={{kind: text, path: {f / 'nowhere'}}}"],
@@ -98,6 +106,11 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         [".txt", "100", "split"],
     ),
     "plan of another cluster": (plan_of_another_cluster, ["another cluster", "0123456789abcdef"]),
+    "plan of another synchronisation": (
+        plan_of_another_synchronisation,
+        ["synchronisation 'micro_batch'", "planner.synchronisation is 'step'"],
+    ),
+    "no calibration": (lambda f: [f"cost.calibrations=[{f / 'none.yaml'}]"], ["none.yaml"]),
     "plan of another version": (plan_of_another_version, ["version 99"]),
     "world size": (
         lambda _: ["cluster={nodes: [{count: 2, devices_per_node: 4, device: cpu}]}"],

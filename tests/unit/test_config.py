@@ -72,6 +72,15 @@ def test_cluster_file_beside_the_configuration(tmp_path: Path) -> None:
         ("data: {corpus: {kind: stdlib, path: x}}", "takes no path"),
         ("data: {batch: {tokens: 100}}", "less than data.max_document_tokens"),
         ("planner: {static_degree: 2}", "static_degree goes with mode 'static'"),
+        ("planner: {synchronisation: step}", "zero_stage 2 all ranks must meet in every backward"),
+        (
+            "planner: {placement: free}\nattention: {strategies: [ring, ulysses+ring]}",
+            "strategies in one level",
+        ),
+        (
+            "planner: {synchronisation: step, placement: free}\nengine: {zero_stage: 1}",
+            "use placement 'groups' with 'step'",
+        ),
         ("planner: {max_tokens_per_device: {cpu: 0}}", "max_tokens_per_device.cpu: .*greater"),
         ("engine: {zero_stage: 0}\nmodel: {dtype: bf16}", "accumulates gradients in bf16"),
         ("cluster: {nodes: []}", "cluster.nodes: .*at least 1"),

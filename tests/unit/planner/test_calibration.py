@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -69,16 +71,29 @@ def test_a_calibration_goes_through_yaml_into_costs(four, tmp_path):
     made.save(tmp_path / "cpu.yaml")
     read = Calibration.load(tmp_path / "cpu.yaml")
     assert read.compute.coefficients == pytest.approx(made.compute.coefficients)
-    fitted = calibrated(cost, [read], ["cpu"])
+    fitted = calibrated(cost, [read], ["cpu"], cost.shape)
     one = GroupKind(1, "local")
     n = 5000
     expected = TRUE[1] * n + TRUE[2] * n * (n + 1) / 2
     assert fitted.compute_s(one, np.array([n]))[0] == pytest.approx(expected)
-    assert fitted.fixed_s(one) == pytest.approx(cost.micro_batch_overhead_s + TRUE[0])
+    assert fitted.fixed_s(one) == pytest.approx(max(cost.micro_batch_overhead_s, TRUE[0]))
     assert fitted.intra_node.bytes_per_s == pytest.approx(1e9)
     assert fitted.fingerprint() != cost.fingerprint()
     with pytest.raises(ConfigError, match="does not fit a cluster of h100"):
-        calibrated(cost, [read], ["h100"])
+        calibrated(cost, [read], ["h100"], cost.shape)
+
+
+def test_a_calibration_serves_its_own_model(four):
+    _, cost = four
+    shape = cost.shape
+    made = Calibration("cpu", fit_compute(_points(0.0)), model=dataclasses.asdict(shape))
+    # A tokenizer with a few more special tokens, but not another vocabulary.
+    near = dataclasses.replace(shape, vocab_size=shape.vocab_size + 3)
+    assert calibrated(cost, [made], ["cpu"], near).source == "calibrated"
+    for changes in ({"vocab_size": 2 * shape.vocab_size}, {"num_layers": 3}):
+        other = dataclasses.replace(shape, **changes)
+        with pytest.raises(ConfigError, match="another model"):
+            calibrated(cost, [made], ["cpu"], other)
 
 
 @pytest.mark.parametrize("text", ["a: 1", "format: dist_attn calibration\ndevice: cpu"])

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.errors import ConfigError, PlanError
+from dist_attn.masks.layers import layer_rules, mean_area
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel, GroupKind
 from dist_attn.planner.flexsp import FlexSPCost
@@ -145,3 +147,21 @@ def test_pools_are_ranks_of_one_kind_by_node():
     assert cluster.spans_nodes((1, 2))
     assert not cluster.spans_nodes((4, 6))
     assert isinstance(cluster, Cluster)
+
+
+def test_gather_costs_what_masks_let_a_rank_see():
+    """A window's keys do not grow with the document; those of a causal one do, as in a ring."""
+    cluster = make_cluster((2, 8, "h100-80gb"))
+    shape = make_shape(num_layers=2)
+    window = LayerMaskConfig(kind="window", window_tokens=1000)
+    rules = layer_rules([window], shape.num_layers, shape.num_heads, shape.num_kv_heads)
+    dense = CostModel.derive(shape, cluster, 3)
+    sparse = CostModel.derive(shape, cluster, 3, areas=mean_area(rules, 64000))
+    n = np.array([32000, 64000])
+    for degree in (2, 8):
+        ring, gather = GroupKind(degree, "ring"), GroupKind(degree, "gather")
+        assert dense.exchange_s(gather, n) == pytest.approx(dense.exchange_s(ring, n))
+        assert sparse.exchange_s(ring, n) == pytest.approx(dense.exchange_s(ring, n))
+        # Two windows of 1,000 keys, of n (d - 1) / d.
+        expected = 2000 / (n * (degree - 1) / degree) * dense.exchange_s(ring, n)
+        assert sparse.exchange_s(gather, n) == pytest.approx(expected, rel=0.02)

@@ -8,9 +8,12 @@ import re
 import pytest
 from rich.console import Console
 
+from dist_attn.cli import main
 from dist_attn.config import Config, PlannerConfig, load_cluster, load_config
 from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.command import run_plan_command
+from dist_attn.planner.compare import Shares
+from dist_attn.planner.free import plan_free
 from dist_attn.planner.lengths import read_lengths
 from dist_attn.planner.page import page
 from dist_attn.planner.plan import Plan
@@ -100,3 +103,35 @@ def test_the_figure_has_a_block_per_group(four):
 def test_ranks_as_intervals():
     assert ranks_text((0, 1, 2, 5, 7, 6)) == "0-2,5-7"
     assert ranks_text((3,)) == "3"
+
+
+def test_plans_are_compared_side_by_side(tmp_path, capsys):
+    for name, long in (("even", 9000), ("tail", 100000)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(map(str, [long, *[900] * 40])))
+    lengths = [str(tmp_path / f"{n}.txt") for n in ("even", "tail")]
+    clusters = [f"configs/clusters/{n}_64.yaml" for n in ("h100", "a100")]
+    command = ["plan", "--cfg", "configs/128k.yaml", "--out", str(tmp_path / "out")]
+    command += ["--set", "planner.max_tokens_per_device=4096"]
+    assert main([*command, "--lengths", *lengths, "--cluster", *clusters]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    rows = [line for line in shown if line.startswith(("h100_64 even", "h100_64 tail", "a100_64"))]
+    assert len(rows) == 4
+    assert max(map(len, shown[:5])) <= 80
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page
+    one = Plan.load(tmp_path / "out" / "a100_64-tail" / "plan.json")
+    assert max(one.lengths) == 100000
+    assert main([*command, "--lengths", lengths[0], lengths[0]]) == 2
+    assert "one name" in capsys.readouterr().err
+
+
+def test_shares_of_time_add_up(four):
+    cluster, cost = four
+    made = [
+        make([2000, 1500, 900, 300, 300], cluster, cost, PlannerConfig())
+        for make in (plan, plan_free)
+    ]
+    for shares in map(Shares.of, made):
+        assert shares.compute + shares.communication + shares.idle == pytest.approx(1.0)
+        assert min(shares.compute, shares.communication + 1e-12, shares.idle + 1e-12) > 0
