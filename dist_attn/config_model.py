@@ -1,0 +1,50 @@
+"""The part of the configuration that describes the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from dist_attn.config_section import Positive, PositiveFloat, Section
+
+
+class ModelConfig(Section):
+    """A Llama-type decoder, built from these sizes or loaded from a local checkpoint folder."""
+
+    #: A folder with config.json and safetensors; the sizes below are then read from it.
+    checkpoint: str | None = None
+    vocab_size: Positive | None = None
+    hidden_size: Positive = 64
+    intermediate_size: Positive = 176
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    head_dim: Positive | None = None
+    rope_theta: PositiveFloat = 10000.0
+    tie_word_embeddings: bool = False
+    #: Parameters and activations; the optimizer's copy is float32 in either case. `auto` is bf16 on
+    #: GPUs and fp32 on CPUs.
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    #: Tokens whose logits exist at a time in the loss.
+    loss_chunk_tokens: Positive = 1024
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads when head_dim is not given, "
+                f"got {self.hidden_size} and {self.num_heads}"
+            )
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Head dimension, by default hidden_size / num_heads."""
+        return self.head_dim or self.hidden_size // self.num_heads
