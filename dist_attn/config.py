@@ -8,6 +8,7 @@ configuration is refused before any rank starts work. Larger sections have files
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ from dist_attn.config_planner import (
 )
 from dist_attn.config_section import NonNegative, Positive, PositiveFloat, Section
 from dist_attn.config_yaml import override, read_yaml, validate
+from dist_attn.errors import ConfigError
 
 __all__ = [
     "AttentionConfig",
@@ -136,13 +138,27 @@ class Config(Section):
                 )
 
     def on(self, device_type: str) -> Config:
-        """The same configuration with what is `auto` decided for `cpu` or `cuda`."""
-        if self.model.dtype != "auto":
+        """The same configuration with what is `auto` decided for `cpu` or `cuda`.
+
+        Raises:
+            ConfigError: what was asked for does not go with the device.
+        """
+        decided: dict[str, str] = {}
+        if self.model.dtype == "auto":
+            decided["dtype"] = "bf16" if device_type == "cuda" else "fp32"
+        if self.model.kernels == "auto":
+            fused = device_type == "cuda" and find_spec("liger_kernel") is not None
+            decided["kernels"] = "liger" if fused else "torch"
+        elif self.model.kernels == "liger" and device_type != "cuda":
+            raise ConfigError(
+                f"model.kernels 'liger' runs on GPUs, not on {device_type}; set it to 'auto' or "
+                f"'torch'"
+            )
+        if not decided:
             return self
-        dtype = "bf16" if device_type == "cuda" else "fp32"
-        model = self.model.model_copy(update={"dtype": dtype})
         # Validated again: the dtype may not go with the ZeRO stage.
-        return validate(Config, {**self.model_dump(), "model": model.model_dump()}, "configuration")
+        model = {**self.model.model_dump(), **decided}
+        return validate(Config, {**self.model_dump(), "model": model}, "configuration")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

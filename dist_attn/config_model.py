@@ -27,6 +27,12 @@ class ModelConfig(Section):
     #: GPUs and fp32 on CPUs.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    #: With gradient_checkpointing, keep what each layer's attention gave (num_heads * head_dim
+    #: elements per token and layer) instead of computing attention again.
+    keep_attention: bool = True
+    #: liger: norms, gates and rotations as fused kernels (the package liger-kernel, GPUs only).
+    #: `auto` takes them where they are.
+    kernels: Literal["auto", "torch", "liger"] = "auto"
     #: Tokens whose logits exist at a time in the loss.
     loss_chunk_tokens: Positive = 1024
 

@@ -17,6 +17,8 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
+from dist_attn.integrations.fused import fuse
+from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary
 from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -107,8 +109,11 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
     # Before the cast, which would round its frequencies.
     decoder.model.rotary_emb = ExactRotary(decoder.model.rotary_emb)
     nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
+    if config.kernels == "liger":
+        fuse(decoder, _attention)
     if config.gradient_checkpointing:
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # Of the public way in only the function could not be chosen.
+        decoder._set_gradient_checkpointing(True, Recompute(config.keep_attention).transformers)
     decoder.train()
     return CausalLM(decoder, config.loss_chunk_tokens)
 

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.errors import ConfigError
+from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import rotary_angles
 
 # Its FSDP, which is not used, says at import which version of itself it is.
@@ -173,26 +173,34 @@ class ExplicitRotary(nn.Module):
 class RecomputedLayer(TransformerLayer):
     """A transformer layer whose activations are computed again in the backward."""
 
+    def __init__(self, *args: Any, recompute: Recompute, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recompute = recompute
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See the base class. The group's ranks communicate again in the backward."""
+        """See the base class; attention as `Recompute` says."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        # No dropout here: there is no random state to keep.
-        return checkpoint(
-            super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        packed = _context_of(kwargs.get("packed_seq_params"))
+        assert packed.attention_context is not None
+        context = self._recompute.context(packed.attention_context)
+        kwargs["packed_seq_params"] = replace(packed, attention_context=context)
+        return self._recompute.call(super().forward, *args, **kwargs)
 
 
-def make_layer_spec(*, recompute: bool = False, qk_layernorm: bool = False) -> ModuleSpec:
+def make_layer_spec(
+    *, recompute: Recompute | None = None, qk_layernorm: bool = False
+) -> ModuleSpec:
     """A decoder layer of Megatron's own modules (RMSNorm) with our attention.
 
     Args:
-        recompute: compute activations again in the backward instead of keeping them.
+        recompute: compute activations again in the backward instead of keeping them; None: do not.
         qk_layernorm: norms of queries and keys, as the configuration's `qk_layernorm` says.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
-    if recompute:
+    if recompute is not None:
         spec.module = RecomputedLayer
+        spec.params = {**(spec.params or {}), "recompute": recompute}
     return use_dist_attn(spec)
 
 

@@ -18,6 +18,7 @@ from dist_attn.integrations.megatron import ExplicitRotary, make_layer_spec
 from dist_attn.integrations.megatron_groups import MegatronGroups
 from dist_attn.integrations.megatron_loss import vocab_parallel_linear_cross_entropy
 from dist_attn.integrations.megatron_weights import Sizes, WeightMap
+from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary
 
 #: Families that are Llama in all but name: no biases, no norms of queries and keys.
@@ -36,7 +37,9 @@ class MegatronCausalLM(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            make_layer_spec(recompute=model.gradient_checkpointing),
+            make_layer_spec(
+                recompute=Recompute(model.keep_attention) if model.gradient_checkpointing else None
+            ),
             vocab_size=sizes.vocab_rows * sizes.degree,
             max_sequence_length=hf.hf_config.max_position_embeddings,
             position_embedding_type="rope",

@@ -42,13 +42,16 @@ class ExactRotary(nn.Module):
         assert inv_freq.dtype == torch.float32, "frequencies were cast before they were read"
         self.inv_freq = inv_freq.detach().double()
         self.attention_scaling = float(scaling)  # type: ignore[arg-type]
+        #: Give float32 whatever the dtype of the model, for kernels that rotate in float32.
+        self.keep_float32 = False
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, L, D] of positions [B, L], in the dtype of `x`."""
+        """Cosine and sine [B, L, D] of positions [B, L], in the dtype of `x` or float32."""
         if self.inv_freq.device != position_ids.device:
             self.inv_freq = self.inv_freq.to(position_ids.device)
         angles = rotary_angles(position_ids, self.inv_freq)
         both = torch.cat((angles, angles), dim=-1)
         scaling = self.attention_scaling
-        return (both.cos() * scaling).to(x.dtype), (both.sin() * scaling).to(x.dtype)
+        dtype = torch.float32 if self.keep_float32 else x.dtype
+        return (both.cos() * scaling).to(dtype), (both.sin() * scaling).to(dtype)

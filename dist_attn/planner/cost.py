@@ -131,7 +131,7 @@ class CostModel:
 
         Forward and backward of a matrix take 2 + 4 operations per parameter and token; of attention
         4 head_dim + 10 head_dim per pair and head (the backward does five products for two). With
-        recomputation the forward is paid twice.
+        recomputation the forward is paid twice, but for attention that is kept.
 
         Args:
             shape: the model.
@@ -141,9 +141,13 @@ class CostModel:
             areas: lengths and areas of masks that are not causal; pairs cost the same in any mask.
         """
         caps = max_tokens_per_device
-        forwards = 2 if shape.gradient_checkpointing else 1
-        linear = (2 * forwards + 4) * shape.matrix_parameters
-        pair = (4 * forwards + 10) * shape.head_dim * shape.num_heads * shape.num_layers
+        linear = (2 * shape.forwards + 4) * shape.matrix_parameters
+        pair = (
+            (4 * shape.attention_forwards + 10)
+            * shape.head_dim
+            * shape.num_heads
+            * shape.num_layers
+        )
         return cls(
             shape=shape,
             devices=tuple(
@@ -179,17 +183,16 @@ class CostModel:
         if kind.degree == 1:
             return self.micro_batch_overhead_s
         latency_s = (self.inter_node if kind.crosses_nodes else self.intra_node).latency_s
-        forwards = 2 if self.shape.gradient_checkpointing else 1
         levels = self._levels(kind)
         if levels is not None:
-            latency_s = levels.latency_s(forwards)
+            latency_s = levels.latency_s(self.shape)
             return self.micro_batch_overhead_s + self.shape.num_layers * latency_s
         if kind.strategy == "ulysses":
             # Two all-to-alls each way.
-            messages = (forwards + 1) * 2 * math.log2(kind.degree)
+            messages = (self.shape.forwards + 1) * 2 * math.log2(kind.degree)
         else:
             # Keys and values on every way, and the gradients' way home.
-            messages = (forwards + 1) * (kind.degree - 1) + kind.degree
+            messages = (self.shape.attention_forwards + 1) * (kind.degree - 1) + kind.degree
         return self.micro_batch_overhead_s + self.shape.num_layers * messages * latency_s
 
     def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
@@ -259,9 +262,9 @@ class CostModel:
 
     def _attention_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
         devices = self.devices if kind.pool < 0 else (self.devices[kind.pool],)
-        return max(d.attention_s_per_pair for d in devices) * self._pairs(lengths)
+        return max(d.attention_s_per_pair for d in devices) * self.pairs(lengths)
 
-    def _pairs(self, lengths: IntArray) -> FloatArray:
+    def pairs(self, lengths: IntArray) -> FloatArray:
         """Pairs of each document that are computed, by the mean of layers and heads."""
         n = lengths.astype(np.float64)
         if not self.area_lengths:
@@ -278,7 +281,7 @@ class CostModel:
         shape, d = self.shape, kind.degree
         kv_heads = max(shape.num_kv_heads, min(d, shape.num_heads))
         elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
-        passes = 3 if shape.gradient_checkpointing else 2
+        passes = shape.forwards + 1
         sent = elements * shape.bytes_per_element * passes * shape.num_layers / d
         if not kind.crosses_nodes:
             return sent * (d - 1) / d / self.intra_node.bytes_per_s
@@ -292,6 +295,7 @@ class CostModel:
         shape, d = self.shape, kind.degree
         link = self.inter_node if kind.crosses_nodes else self.intra_node
         kv = 2 * shape.num_kv_heads * shape.head_dim
-        forwards = 2 if shape.gradient_checkpointing else 1
-        sent = kv * ((forwards + 1) * shape.bytes_per_element + 4) * shape.num_layers
+        sent = (
+            kv * ((shape.attention_forwards + 1) * shape.bytes_per_element + 4) * shape.num_layers
+        )
         return sent * (d - 1) / d / link.bytes_per_s

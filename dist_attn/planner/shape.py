@@ -24,6 +24,7 @@ class ModelShape:
     vocab_size: int
     bytes_per_element: int = 2
     gradient_checkpointing: bool = False
+    keep_attention: bool = True
     tie_word_embeddings: bool = False
     loss_chunk_tokens: int = 1024
 
@@ -41,6 +42,7 @@ class ModelShape:
         shared: dict[str, Any] = {
             "bytes_per_element": 2 if config.dtype == "bf16" else 4,
             "gradient_checkpointing": config.gradient_checkpointing,
+            "keep_attention": config.keep_attention,
             "loss_chunk_tokens": config.loss_chunk_tokens,
         }
         if config.checkpoint is not None:
@@ -57,6 +59,16 @@ class ModelShape:
             tie_word_embeddings=config.tie_word_embeddings,
             **shared,
         )
+
+    @property
+    def forwards(self) -> int:
+        """How often a step computes a layer's matrix products forward."""
+        return 2 if self.gradient_checkpointing else 1
+
+    @property
+    def attention_forwards(self) -> int:
+        """How often a step computes attention forward."""
+        return 1 if self.keep_attention else self.forwards
 
     @property
     def matrix_parameters(self) -> int:
@@ -86,7 +98,10 @@ class ModelShape:
         layer = elements * self.bytes_per_element + 4 * self.num_heads
         if not self.gradient_checkpointing:
             return (self.num_layers + 1) * layer
-        return self.num_layers * self.hidden_size * self.bytes_per_element + 2 * layer
+        kept = self.hidden_size * self.bytes_per_element
+        if self.keep_attention:
+            kept += q * self.bytes_per_element + 4 * self.num_heads
+        return self.num_layers * kept + 2 * layer
 
     @property
     def logits_bytes(self) -> int:

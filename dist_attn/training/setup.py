@@ -20,7 +20,13 @@ from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_pa
 from dist_attn.training.runtime import Runtime
 
 #: Change how the model is computed, not what it is.
-_FREE_MODEL_KEYS = ("gradient_checkpointing", "loss_chunk_tokens", "checkpoint")
+_FREE_MODEL_KEYS = (
+    "gradient_checkpointing",
+    "keep_attention",
+    "loss_chunk_tokens",
+    "checkpoint",
+    "kernels",
+)
 
 
 def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:

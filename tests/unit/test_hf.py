@@ -90,12 +90,15 @@ def test_a_local_checkpoint_gives_transformers_own_loss(
 def test_gradient_checkpointing_changes_nothing() -> None:
     ids, labels, positions = packed(LENGTHS)
     gradients = []
-    for checkpointing in (False, True):
-        config = ModelConfig(dtype="fp32", gradient_checkpointing=checkpointing)
+    for checkpointing, keep in ((False, False), (True, False), (True, True)):
+        config = ModelConfig(
+            dtype="fp32", gradient_checkpointing=checkpointing, keep_attention=keep
+        )
         model = build_model(config, 53, seed=1)
         model(ids, labels, positions, context_of(LENGTHS)).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

@@ -109,7 +109,7 @@ def test_the_cost_of_a_length_between_counted_ones() -> None:
     for n in (7, 16, 100, 333, 500, 700):
         mask = document_mask(rules.rules[0], [0, n], 4, 2)
         exact = mask.total_area(n, 4) / 4
-        pairs = [float(c._pairs(np.array([n]))[0]) for c in (dense, sparse)]
+        pairs = [float(c.pairs(np.array([n]))[0]) for c in (dense, sparse)]
         assert pairs[1] == pytest.approx(exact, rel=0.04)
         assert pairs[0] == n * (n + 1) / 2
     assert pairs[1] < 0.5 * pairs[0]

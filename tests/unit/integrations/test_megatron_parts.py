@@ -22,6 +22,7 @@ from dist_attn.integrations.megatron import (
 )
 from dist_attn.integrations.megatron_model import check_model
 from dist_attn.integrations.megatron_weights import Block, _cut
+from dist_attn.integrations.recompute import Recompute
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.shape import ModelShape
@@ -116,7 +117,7 @@ def test_what_attention_refuses() -> None:
 
 
 def test_specs() -> None:
-    plain, recomputed = make_layer_spec(), make_layer_spec(recompute=True)
+    plain, recomputed = make_layer_spec(), make_layer_spec(recompute=Recompute(True))
     assert plain.submodules.self_attention.submodules.core_attention is DistAttention
     assert recomputed.module is RecomputedLayer
     assert plain.module is not RecomputedLayer
