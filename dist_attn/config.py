@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, model_validator
 
 from dist_attn.config_attention import AttentionConfig
-from dist_attn.config_data import BatchConfig, CorpusConfig, DataConfig
+from dist_attn.config_data import BatchConfig, CorpusConfig, DataConfig, SourceConfig
 from dist_attn.config_engine import EngineConfig, OptimizerConfig
 from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.config_model import ModelConfig
@@ -27,7 +27,9 @@ from dist_attn.config_planner import (
     NodesConfig,
     PlannerConfig,
 )
+from dist_attn.config_rope import RopeConfig
 from dist_attn.config_section import NonNegative, Positive, PositiveFloat, Section
+from dist_attn.config_stages import StageConfig, check_ends
 from dist_attn.config_yaml import override, read_yaml, validate
 from dist_attn.errors import ConfigError
 
@@ -48,7 +50,10 @@ __all__ = [
     "NodesConfig",
     "OptimizerConfig",
     "PlannerConfig",
+    "RopeConfig",
     "RunConfig",
+    "SourceConfig",
+    "StageConfig",
     "dump_config",
     "load_cluster",
     "load_config",
@@ -102,16 +107,16 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    #: Documents that grow longer in the course of the run; none: the same throughout.
+    stages: list[StageConfig] = []
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
-        batch = self.data.batch
-        if batch.tokens is not None and batch.tokens < self.data.max_document_tokens:
-            raise ValueError(
-                f"data.batch.tokens ({batch.tokens}) is less than data.max_document_tokens "
-                f"({self.data.max_document_tokens}), so that no batch could hold such a document; "
-                f"raise the first or lower the second"
-            )
+        check_ends(self.stages)
+        if not self.stages:
+            _check_batch("data", self.data.batch, self.data.max_document_tokens)
+        for i, stage in enumerate(self.stages):
+            _check_batch(f"stages.{i}", stage.batch or self.data.batch, stage.max_document_tokens)
         if self.engine.zero_stage == 0 and self.model.dtype == "bf16":
             raise ValueError(
                 "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
@@ -137,6 +142,25 @@ class Config(Section):
                     f"use a degree that divides it, and context parallelism for the other ranks"
                 )
 
+    def at_stage(self, index: int) -> Config:
+        """The configuration of a stage alone; the whole one where there are none."""
+        if not self.stages:
+            return self
+        stage = self.stages[index]
+        data = {
+            "max_document_tokens": stage.max_document_tokens,
+            "batch": stage.batch or self.data.batch,
+            "overlong": stage.overlong or self.data.overlong,
+        }
+        model = {"rope": stage.rope or self.model.rope}
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update=data),
+                "model": self.model.model_copy(update=model),
+                "stages": [],
+            }
+        )
+
     def on(self, device_type: str) -> Config:
         """The same configuration with what is `auto` decided for `cpu` or `cuda`.
 
@@ -159,6 +183,15 @@ class Config(Section):
         # Validated again: the dtype may not go with the ZeRO stage.
         model = {**self.model.model_dump(), **decided}
         return validate(Config, {**self.model_dump(), "model": model}, "configuration")
+
+
+def _check_batch(where: str, batch: BatchConfig, max_document_tokens: int) -> None:
+    if batch.tokens is not None and batch.tokens < max_document_tokens:
+        raise ValueError(
+            f"{where}.batch.tokens ({batch.tokens}) is less than {where}.max_document_tokens "
+            f"({max_document_tokens}), so that no batch could hold such a document; raise the "
+            f"first or lower the second"
+        )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from dist_attn.config_section import Positive, Section
+from dist_attn.config_section import Positive, PositiveFloat, Section
 
 
 class CorpusConfig(Section):
@@ -30,6 +30,15 @@ class CorpusConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """A corpus among several."""
+
+    name: str
+    corpus: CorpusConfig
+    #: By which the losses of this source's tokens count. The step's loss is the weighted mean.
+    loss_weight: PositiveFloat = 1.0
+
+
 class BatchConfig(Section):
     """The size of a global batch; exactly one of the two."""
 
@@ -48,6 +57,8 @@ class DataConfig(Section):
     """The corpus, its tokens, and what makes a global batch."""
 
     corpus: CorpusConfig = CorpusConfig()
+    #: Several corpora instead of `corpus`; their documents are shuffled together.
+    sources: list[SourceConfig] = []
     #: `bytes`, or the path of a Hugging Face tokenizer.json.
     tokenizer: str = "bytes"
     max_document_tokens: Positive = 8192
@@ -59,3 +70,13 @@ class DataConfig(Section):
     cache_dir: str | None = None
     #: Local tokens are padded up to a multiple of this.
     pad_to_multiple: Positive = 1
+
+    @model_validator(mode="after")
+    def _sources(self) -> DataConfig:
+        names = [s.name for s in self.sources]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {', '.join(twice)}; give each its own name")
+        if self.sources and "corpus" in self.model_fields_set and self.corpus != CorpusConfig():
+            raise ValueError("give `corpus` or `sources`, not both")
+        return self

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from dist_attn.config_rope import RopeConfig
 from dist_attn.config_section import Positive, PositiveFloat, Section
 
 
@@ -22,6 +23,8 @@ class ModelConfig(Section):
     num_kv_heads: Positive = 2
     head_dim: Positive | None = None
     rope_theta: PositiveFloat = 10000.0
+    #: Base and scaling, in place of `rope_theta` and of what a checkpoint says.
+    rope: RopeConfig | None = None
     tie_word_embeddings: bool = False
     #: Parameters and activations; the optimizer's copy is float32 in either case. `auto` is bf16 on
     #: GPUs and fp32 on CPUs.

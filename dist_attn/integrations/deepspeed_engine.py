@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dist_attn.config import Config, OptimizerConfig
 from dist_attn.integrations.engine import Fragment
 from dist_attn.integrations.optimizer import make_optimizer, state_keys
+from dist_attn.integrations.rotary import Frequencies
 
 
 class DeepSpeedEngine:
@@ -55,7 +56,11 @@ class DeepSpeedEngine:
         loss: Tensor = self._engine(**inputs)
         return loss
 
-    def backward(self, loss_sum: Tensor, valid_tokens: int, *, last: bool) -> None:
+    def set_rotary(self, found: Frequencies) -> None:
+        """Rotate by other frequencies; see the protocol."""
+        self._engine.module.model.rotary_emb.frequencies = found
+
+    def backward(self, loss_sum: Tensor, valid_tokens: float, *, last: bool) -> None:
         """Backward of this rank's share of the step's mean loss; see the protocol."""
         # DeepSpeed averages over the ranks; the loss is a sum over them.
         scaled = loss_sum * (self._world_size / valid_tokens)

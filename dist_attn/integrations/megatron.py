@@ -26,7 +26,7 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.recompute import Recompute
-from dist_attn.integrations.rotary import rotary_angles
+from dist_attn.integrations.rotary import Frequencies, rotary_angles
 
 # Its FSDP, which is not used, says at import which version of itself it is.
 logging.getLogger("megatron.core.distributed.fsdp").setLevel(logging.WARNING)
@@ -52,6 +52,8 @@ class PackedContext(PackedSeqParams):
     qkv_format: str = "sbhd"
     #: int64 [1, L], positions inside each document.
     position_ids: Tensor | None = None
+    #: int64 [1, L], lengths of the tokens' documents, for rotary scalings that depend on them.
+    document_tokens: Tensor | None = None
     attention_context: AttentionContext | None = None
 
 
@@ -136,10 +138,10 @@ class ExplicitRotary(nn.Module):
     to 4e-7 at any position, and Megatron takes its sine and cosine in float32.
     """
 
-    def __init__(self, inv_freq: Tensor, interleaved: bool = False) -> None:
+    def __init__(self, found: Frequencies, interleaved: bool = False) -> None:
         super().__init__()
         # Not a buffer: a cast of the model to bf16 would take it along.
-        self.inv_freq = inv_freq.detach().double()
+        self.frequencies = found
         self.interleaved = interleaved
 
     def get_rotary_seq_len(
@@ -150,19 +152,24 @@ class ExplicitRotary(nn.Module):
         transformer_config: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
-    ) -> Tensor:
-        """Return the positions, which `forward` is then called with."""
-        positions = _context_of(packed_seq_params).position_ids
-        assert positions is not None
-        return positions
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return positions and documents' lengths, which `forward` is then called with."""
+        packed = _context_of(packed_seq_params)
+        assert packed.position_ids is not None
+        return packed.position_ids, packed.document_tokens
 
     def forward(
-        self, position_ids: Tensor, packed_seq: bool = False, cp_group: Any = None
+        self,
+        places: tuple[Tensor, Tensor | None],
+        packed_seq: bool = False,
+        cp_group: Any = None,
     ) -> Tensor:
-        """Angles [L, 1, 1, D], float32, of positions [1, L]."""
-        if self.inv_freq.device != position_ids.device:
-            self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = rotary_angles(position_ids.flatten(), self.inv_freq)
+        """Angles [L, 1, 1, D], float32, of positions [1, L] and lengths of documents [1, L]."""
+        position_ids, document_tokens = places
+        self.frequencies = self.frequencies.to(position_ids.device)
+        lengths = None if document_tokens is None else document_tokens.flatten()
+        inv_freq = self.frequencies.of_documents(lengths)
+        angles = rotary_angles(position_ids.flatten(), inv_freq)
         if self.interleaved:
             both = torch.stack((angles, angles), dim=-1).flatten(1)
         else:
@@ -226,7 +233,8 @@ def attach(model: GPTModel) -> GPTModel:
             f"attach needs position_embedding_type 'rope', got '{model.position_embedding_type}'"
         )
     factor = stock.seq_len_interpolation_factor or 1.0
-    model.rotary_pos_emb = ExplicitRotary(stock.inv_freq / factor, stock.rotary_interleaved)
+    inv_freq = stock.inv_freq.detach().double() / factor
+    model.rotary_pos_emb = ExplicitRotary(Frequencies(inv_freq), stock.rotary_interleaved)
     return model
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_attn.config import load_config
 from dist_attn.errors import CheckpointError, ConfigError
 from dist_attn.integrations.hf import save_for_transformers
-from dist_attn.training.checkpoint import find_checkpoint, read_parameters
+from dist_attn.training.checkpoint import find_checkpoint, read_parameters, read_state
 from dist_attn.training.run_folder import RunFolder
 
 
@@ -33,8 +33,8 @@ def export(run: Path, checkpoint: str, out: Path, dtype: str | None = None) -> P
         raise ConfigError(f"--run: {run} holds no run (config.yaml is missing)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} exists and is not empty; name a new folder")
-    config = load_config(folder.config)
     path = find_checkpoint(folder.checkpoints, checkpoint)
+    config = load_config(folder.config).at_stage(read_state(path).stage)
     parameters = read_parameters(path)
     model = config.model.model_copy(update={"dtype": dtype or config.model.dtype})
     try:

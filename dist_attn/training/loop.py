@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from dist_attn.config import Config, EngineConfig
-from dist_attn.data import BatchSampler, Corpus, SamplerPosition
+from dist_attn.data import SamplerPosition
 from dist_attn.data.indexed import IntArray
 from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
-from dist_attn.integrations.hf import build_model
+from dist_attn.integrations.hf import build_model, model_frequencies
 from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
@@ -42,14 +42,8 @@ from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
 from dist_attn.training.runtime import Runtime, choose_device, start_runtime
 from dist_attn.training.schedule import learning_rate
-from dist_attn.training.setup import (
-    check_identity,
-    check_longest,
-    check_steps_left,
-    open_corpus_on_every_rank,
-    planning_problem,
-    run_identity,
-)
+from dist_attn.training.setup import check_identity, check_steps_left, run_identity
+from dist_attn.training.stages import Stage, Stages, open_stages
 from dist_attn.training.step import StepResult, StepRunner
 from dist_attn.training.stop import StopRequest
 from dist_attn.training.watchdog import Mark, watching
@@ -105,11 +99,9 @@ def run_training(
         begun, resume = runtime.broadcast(_what_is_there(folder))
         if resume and _is_done(folder, config, runtime):
             return
-    corpus = open_corpus_on_every_rank(config, runtime)
-    problem = planning_problem(config, corpus, runtime)
-    with runtime.together():
-        check_longest(problem, corpus)
-    state = TrainState(0, 0, 0, 0, run_identity(config, corpus))
+    stages = open_stages(config, runtime)
+    first = stages.of_step(0)
+    state = TrainState(0, 0, 0, 0, run_identity(config, first.corpus))
     checkpoint = None
     with runtime.together():
         if resume is None and not begun:
@@ -120,11 +112,11 @@ def run_training(
             check_identity(checkpoint, saved.identity, state.identity)
             check_steps_left(checkpoint, saved.step, config.run.steps)
             state = saved
-    with contextlib.closing(PlanSource(problem, runtime, folder.plans)) as plans:
-        run = _Run(config, runtime, folder, corpus, plans, stop or StopRequest())
+    run = _Run(config, runtime, folder, stages, stop or StopRequest())
+    try:
         # The first plan is solved while the model is built.
         run.prepare(state)
-        run.build(checkpoint)
+        run.build(state, checkpoint)
         with runtime.together():
             if runtime.is_main:
                 if checkpoint is None and not begun:
@@ -133,11 +125,10 @@ def run_training(
                     folder.reopen(config, state.step)
         with runtime.together():
             folder.check_visible()
-        try:
-            with watching(runtime, config.run.timeout_s) as mark:
-                run.go(state, mark)
-        finally:
-            run.close()
+        with watching(runtime, config.run.timeout_s) as mark:
+            run.go(state, mark)
+    finally:
+        run.close()
 
 
 def _what_is_there(folder: RunFolder) -> tuple[bool, str | None]:
@@ -162,49 +153,90 @@ class _Run:
         config: Config,
         runtime: Runtime,
         folder: RunFolder,
-        corpus: Corpus,
-        plans: PlanSource,
+        stages: Stages,
         stop: StopRequest,
     ) -> None:
         self._config = config
         self._stop = stop
         self._runtime = runtime
         self._folder = folder
-        self._corpus = corpus
-        self._plans = plans
+        self._stages = stages
         capacity = 64 * config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
-        self._nonfinite = NonFinitePolicy(config.run.nonfinite, corpus.name, speaks=runtime.is_main)
         self._mark: Mark
-        self._engine: Engine
+        self._engine: Engine | None = None
+        self._hf_config: Any
+        #: Of the step that is planned next, and of the step that runs; both None before the first.
+        self._planned: Stage | None = None
+        self._plans: PlanSource | None = None
+        self._stage: Stage | None = None
         self._runner: StepRunner
-        with runtime.together():
-            self._sampler = BatchSampler(
-                corpus.lengths, config.data.batch, config.run.seed, config.data.shuffle
-            )
+        self._nonfinite: NonFinitePolicy
 
     def prepare(self, state: TrainState) -> None:
         """Let the first plan be solved in the background."""
-        ids, _ = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
-        self._plans.prepare(state.step, self._lengths(ids))
+        stage = self._stages.of_step(state.step)
+        ids, _ = stage.sampler.batch(self._position(state))
+        self._prepare(state.step, ids)
 
-    def build(self, checkpoint: Path | None) -> None:
+    def build(self, state: TrainState, checkpoint: Path | None) -> None:
         """Make the model and its engine, with the weights of a checkpoint if there is one."""
-        config, runtime = self._config, self._runtime
+        runtime, stage = self._runtime, self._stages.of_step(state.step)
+        config = stage.config
         with runtime.together():
-            model = build_model(config.model, self._corpus.vocab_size, config.run.seed)
-            self._corpus.require_vocab(model.hf_config.vocab_size)
+            model = build_model(config.model, stage.corpus.vocab_size, config.run.seed)
+            self._hf_config = model.hf_config
+            stage.corpus.require_vocab(model.hf_config.vocab_size)
+            for other in self._stages:
+                # A scaling that does not fit ends the run now, not when its stage begins.
+                model_frequencies(other.config.model, model.hf_config)
         make = engine_factory(config.engine.name)
         with runtime.together():
             self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self._engine, runtime)
-        shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
-        rules = layer_rules_of(config, shape)
+
+    def _position(self, state: TrainState) -> SamplerPosition:
+        """Where the next batch begins: at a stage's first step, where that stage begins."""
+        stage = self._stages.of_step(state.step)
+        if state.step == stage.first_step:
+            return stage.start
+        return SamplerPosition(state.epoch, state.offset)
+
+    def _prepare(self, step: int, ids: IntArray) -> None:
+        """Begin to plan a step; a stage has a planning problem of its own."""
+        stage = self._stages.of_step(step)
+        if stage is not self._planned:
+            if self._plans is not None:
+                self._plans.close()
+            self._plans = PlanSource(stage.problem, self._runtime, self._folder.plans)
+            self._planned = stage
+        assert self._plans is not None
+        self._plans.prepare(step, _lengths(stage, ids))
+
+    def _enter(self, stage: Stage, reporter: Reporter | None, *, resumed: bool) -> None:
+        """Make a stage the one that steps belong to."""
+        assert self._engine is not None
+        self._stage = stage
+        self._engine.set_rotary(model_frequencies(stage.config.model, self._hf_config))
+        shape = ModelShape.from_config(stage.config.model, stage.corpus.vocab_size)
+        rules = layer_rules_of(stage.config, shape)
         self._runner = StepRunner(
-            self._engine, self._corpus, config, runtime, self._pool, rules, self._plans.node_of
+            self._engine,
+            stage.corpus,
+            stage.config,
+            self._runtime,
+            self._pool,
+            rules,
+            stage.problem.cluster.node_of,
         )
+        self._nonfinite = NonFinitePolicy(
+            self._config.run.nonfinite, stage.corpus.name, speaks=self._runtime.is_main
+        )
+        if reporter is not None:
+            for line in self._stages.describe(stage, resumed=resumed):
+                reporter.say(line)
 
     def go(self, state: TrainState, mark: Mark) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
@@ -220,8 +252,11 @@ class _Run:
 
     def close(self) -> None:
         """Release the groups and what the engine holds."""
+        if self._plans is not None:
+            self._plans.close()
         self._pool.close()
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def _introduce(self, reporter: Reporter, state: TrainState) -> None:
         runtime, engine = self._runtime, self._config.engine
@@ -229,7 +264,6 @@ class _Run:
             f"{strategy_letters(s)} {s.replace('ulysses', 'Ulysses')}"
             for s in self._config.attention.strategies
         )
-        reporter.say(f"corpus: {self._corpus.report}")
         reporter.say(
             f"{runtime.world_size} ranks on {runtime.device.type}, {_describe(engine)}, "
             f"{self._config.model.dtype}; groups below: degree, {legend}, "
@@ -239,14 +273,18 @@ class _Run:
             reporter.say(f"resumed at step {state.step}, {state.tokens:,} tokens trained")
 
     def _steps(self, state: TrainState, reporter: Reporter | None) -> None:
-        ids, following = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
+        assert self._engine is not None
+        begun_at = state.step
         for step in range(state.step, self._config.run.steps):
             begun = time.perf_counter()
+            stage = self._stages.of_step(step)
+            if stage is not self._stage:
+                self._enter(stage, reporter, resumed=step == begun_at and step > stage.first_step)
+            ids, following = stage.sampler.batch(self._position(state))
             self._mark(step, "planning")
-            plan, waited_s = self._plans.take(step, self._lengths(ids))
-            next_ids, after = self._sampler.batch(following)
-            if step + 1 < self._config.run.steps:
-                self._plans.prepare(step + 1, self._lengths(next_ids))
+            assert self._plans is not None
+            plan, waited_s = self._plans.take(step, _lengths(stage, ids))
+            self._prepare_next(step + 1, following)
             result = self._runner.accumulate(plan, ids, partial(self._mark, step))
             self._mark(step, "the optimizer")
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
@@ -261,16 +299,19 @@ class _Run:
             state = TrainState(
                 step + 1, following.epoch, following.offset,
                 state.tokens + metrics.tokens, state.identity,
-                state.skipped + skipped,
+                state.skipped + skipped, stage.index,
             )  # fmt: skip
-            ids, following = next_ids, after
             stop = next((r.stop for r in reports if r.stop), None)
             path = self._checkpoint(state, reporter, stopping=stop is not None)
             if stop is not None and state.step < self._config.run.steps:
                 raise Stopped(f"stopped by {stop} after step {step}; --resume goes on from {path}")
 
-    def _lengths(self, ids: IntArray) -> tuple[int, ...]:
-        return tuple(int(n) for n in self._corpus.lengths[ids])
+    def _prepare_next(self, step: int, following: SamplerPosition) -> None:
+        if step >= self._config.run.steps:
+            return
+        stage = self._stages.of_step(step)
+        ids, _ = stage.sampler.batch(stage.start if step == stage.first_step else following)
+        self._prepare(step, ids)
 
     def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
         memory = memory_gib(self._runtime.device)
@@ -308,6 +349,7 @@ class _Run:
             memory_gib=max(r.memory_gib for r in reports),
             micro_batches=len(plan.micro_batches),
             groups=describe_groups(plan),
+            stage=0 if self._stage is None else self._stage.index,
         )
 
     def _checkpoint(
@@ -318,6 +360,7 @@ class _Run:
         at_end = config.at_end and state.step == self._config.run.steps
         if not (due or at_end or stopping):
             return None
+        assert self._engine is not None
         self._mark(state.step, "writing a checkpoint")
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
@@ -325,6 +368,10 @@ class _Run:
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
         return path
+
+
+def _lengths(stage: Stage, ids: IntArray) -> tuple[int, ...]:
+    return tuple(int(n) for n in stage.corpus.lengths[ids])
 
 
 def _describe(engine: EngineConfig) -> str:

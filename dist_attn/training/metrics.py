@@ -51,6 +51,7 @@ class StepMetrics:
     micro_batches: int
     #: The plan in short, such as `4r | 2u+1+1`.
     groups: str
+    stage: int = 0
 
 
 def describe_groups(plan: Plan) -> str:

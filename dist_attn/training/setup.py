@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from dist_attn.config import ClusterConfig, Config
-from dist_attn.data import Corpus, open_corpus
+from dist_attn.data import AnyCorpus, open_corpus
 from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.command import cost_model, layer_rules_of
@@ -29,7 +29,7 @@ _FREE_MODEL_KEYS = (
 )
 
 
-def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
+def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> AnyCorpus:
     """Open the corpus on rank 0, then once per node, then everywhere: only the first tokenises.
 
     Collective: by all ranks.
@@ -38,7 +38,7 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
         CorpusError: on every rank.
     """
     cache = Path(config.data.cache_dir or Path(config.run.dir).parent / "corpus-cache")
-    corpus: Corpus | None = None
+    corpus: AnyCorpus | None = None
     for turn in range(3):
         mine = 0 if runtime.is_main else 1 if runtime.local_rank == 0 else 2
         with runtime.together():
@@ -54,7 +54,7 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> Corpus:
     return corpus
 
 
-def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
+def _open(config: Config, cache: Path, *, show_progress: bool) -> AnyCorpus:
     if not (show_progress and config.logging.progress_bar and sys.stdout.isatty()):
         return open_corpus(config.data, cache)
     with Progress(transient=True) as progress:
@@ -66,7 +66,7 @@ def _open(config: Config, cache: Path, *, show_progress: bool) -> Corpus:
         return open_corpus(config.data, cache, show)
 
 
-def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> PlanningProblem:
+def planning_problem(config: Config, corpus: AnyCorpus, runtime: Runtime) -> PlanningProblem:
     """Describe the cluster at hand and its costs to the planner.
 
     Ranks that hold one model between them (tensor parallelism) count as one.
@@ -108,7 +108,7 @@ def _cluster(config: Config, runtime: Runtime, names: list[str]) -> Cluster:
     return Cluster.from_config(described)
 
 
-def check_longest(problem: PlanningProblem, corpus: Corpus) -> None:
+def check_longest(problem: PlanningProblem, corpus: AnyCorpus) -> None:
     """Refuse before training a document that no group can hold.
 
     Raises:
@@ -121,7 +121,7 @@ def check_longest(problem: PlanningProblem, corpus: Corpus) -> None:
         raise type(error)(f"{corpus.name(longest)}: {error}") from None
 
 
-def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+def run_identity(config: Config, corpus: AnyCorpus) -> dict[str, Any]:
     """What a resumed run must have in common with the one that wrote the checkpoint."""
     data = config.model_dump(mode="json")
     model = {k: v for k, v in data["model"].items() if k not in _FREE_MODEL_KEYS}
@@ -132,6 +132,8 @@ def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
         "shuffle": data["data"]["shuffle"],
         "masks": data["attention"]["masks"],
         "seed": data["run"]["seed"],
+        "stages": data["stages"],
+        "loss_weights": {s.name: s.loss_weight for s in config.data.sources},
         "corpus": corpus.fingerprint,
     }
 

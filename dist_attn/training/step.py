@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import Config
-from dist_attn.data import Corpus, LocalBatch, build_local_batch, valid_tokens
+from dist_attn.data import AnyCorpus, LocalBatch, build_local_batch, valid_weight
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
@@ -28,7 +28,8 @@ from dist_attn.training.topology import Topology
 class StepResult:
     """What a step's forward and backward gave."""
 
-    #: Mean over the valid tokens of the whole step, the same on every rank.
+    #: Mean over the valid tokens of the whole step, by their documents' weights; the same on every
+    #: rank.
     loss: float
     #: This rank's forward seconds of each micro-batch.
     forward_s: list[float]
@@ -45,7 +46,7 @@ class StepRunner:
     def __init__(
         self,
         engine: Engine,
-        corpus: Corpus,
+        corpus: AnyCorpus,
         config: Config,
         runtime: Runtime,
         pool: GroupPool,
@@ -78,7 +79,8 @@ class StepRunner:
 
         Collective: by all ranks with the same plan.
         """
-        total = valid_tokens(plan.lengths)
+        # A step of one-token documents predicts nothing; its gradients are zero.
+        total = valid_weight(self._corpus, document_ids) or 1.0
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         watch = _Stopwatch(self._runtime.device)
         losses: list[Tensor] = []
@@ -96,11 +98,10 @@ class StepRunner:
                 mark("the sum of the losses")
                 loss = loss * self._one_if_finite(loss_sum)
             mark(f"backward of micro-batch {index}")
-            # A step of one-token documents predicts nothing; its gradients are zero.
-            self._engine.backward(loss, max(total, 1), last=index == last)
+            self._engine.backward(loss, total, last=index == last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
-        mean = float(loss_sum) / max(total, 1)
+        mean = float(loss_sum) / total
         suspects: tuple[int, ...] = ()
         if not math.isfinite(mean):
             suspects = self._suspects(plan, document_ids, losses)
@@ -137,6 +138,8 @@ class StepRunner:
             input_ids=batch.input_ids,
             shift_labels=batch.shift_labels,
             position_ids=batch.position_ids,
+            document_tokens=batch.document_tokens,
+            loss_weights=batch.loss_weights,
             attention_context=context,
         )
 

@@ -23,6 +23,7 @@ from dist_attn.integrations.megatron import (
 from dist_attn.integrations.megatron_model import check_model
 from dist_attn.integrations.megatron_weights import Block, _cut
 from dist_attn.integrations.recompute import Recompute
+from dist_attn.integrations.rotary import Frequencies
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.shape import ModelShape
@@ -64,7 +65,7 @@ def inverse_frequencies(dim: int, base: float = 10000.0) -> torch.Tensor:
 def test_angles_are_right_at_a_million() -> None:
     frequencies = inverse_frequencies(128)
     positions = torch.tensor([[0, 1, 4095, 999_999, 1_000_000]])
-    angles = ExplicitRotary(frequencies)(positions)
+    angles = ExplicitRotary(Frequencies(frequencies.double()))((positions, None))
     assert angles.shape == (5, 1, 1, 128)
     assert angles.dtype == torch.float32
     exact = positions[0].double()[:, None] * frequencies.double()
@@ -78,15 +79,16 @@ def test_angles_are_right_at_a_million() -> None:
 
 
 def test_rotary_survives_a_cast_of_the_model() -> None:
-    rotary = ExplicitRotary(inverse_frequencies(8))
-    before = rotary(torch.tensor([[77]]))
-    assert torch.equal(rotary.to(torch.bfloat16)(torch.tensor([[77]])), before)
+    rotary = ExplicitRotary(Frequencies(inverse_frequencies(8).double()))
+    places = torch.tensor([[77]]), None
+    before = rotary(places)
+    assert torch.equal(rotary.to(torch.bfloat16)(places), before)
 
 
 def test_interleaved_angles() -> None:
     positions = torch.tensor([[3, 5]])
-    halves = ExplicitRotary(inverse_frequencies(8))(positions)
-    pairs = ExplicitRotary(inverse_frequencies(8), interleaved=True)(positions)
+    halves = ExplicitRotary(Frequencies(inverse_frequencies(8).double()))((positions, None))
+    pairs = ExplicitRotary(Frequencies(inverse_frequencies(8)), interleaved=True)((positions, None))
     assert torch.equal(pairs[..., ::2], halves[..., :4])
     assert torch.equal(pairs[..., 1::2], halves[..., :4])
 
