@@ -33,11 +33,24 @@ class ModelConfig(Section):
     #: With gradient_checkpointing, keep what each layer's attention gave (num_heads * head_dim
     #: elements per token and layer) instead of computing attention again.
     keep_attention: bool = True
+    #: With gradient_checkpointing, keep the layers' inputs in the host's memory until their
+    #: backward; copies run beside the computation.
+    offload_checkpoints: bool = False
+    #: Compute the MLP so many tokens at a time, and again in its backward; None: all at once.
+    mlp_tile_tokens: Positive | None = None
     #: liger: norms, gates and rotations as fused kernels (the package liger-kernel, GPUs only).
     #: `auto` takes them where they are.
     kernels: Literal["auto", "torch", "liger"] = "auto"
     #: Tokens whose logits exist at a time in the loss.
     loss_chunk_tokens: Positive = 1024
+
+    @model_validator(mode="after")
+    def _checkpoints(self) -> ModelConfig:
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_checkpoints moves what gradient_checkpointing keeps; set both, or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:

@@ -33,7 +33,9 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.cluster import SPEC_SHEETS, local_cluster
-from dist_attn.planner.command import cost_model, layer_rules_of
+from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.fitting import memory_of, planning_problem_of
+from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.planner.shape import ModelShape
@@ -138,7 +140,7 @@ class Bench:
             "step_s": median, "steps_s": seconds, **phases,
             "predicted_s": plan.predicted_s, "tokens_per_s": sum(lengths) / median,
             "mfu": flops / median / self.peak_flops, "model_tflop": flops / 1e12,
-            "peak_gib": self.peak_gib(), "predicted_gib": self.predicted_gib(problem, plan),
+            "peak_gib": self.peak_gib(), **self.predicted_memory(config, problem, plan),
         }  # fmt: skip
         if case.name in self.args.profile:
             row["profile"] = self.profile(runner, plan, case)
@@ -152,13 +154,12 @@ class Bench:
             data["model"]["gradient_checkpointing"] = recompute
             data["attention"]["masks"] = S2_HYBRID if case.mask == "s2" else []
             config = validate(Config, data, case.name)
-            shape = ModelShape.from_config(config.model)
-            rules = layer_rules_of(config, shape)
-            cost = cost_model(config, self.cluster, shape, rules, case.tokens)
-            fits = cost.tokens_per_device() >= case.tokens
+            vocab_size = MODELS[self.args.model]["vocab_size"]
+            problem = planning_problem_of(config, self.cluster, vocab_size)
+            fits = problem.cost.tokens_per_device() >= case.tokens
             if recompute or (fits and not self.args.always_recompute):
                 break
-        return config, PlanningProblem(self.cluster, cost, config.planner, ("ring",), 0)
+        return config, problem
 
     def runner(self, config: Config, lengths: tuple[int, ...]) -> StepRunner:
         shape = ModelShape.from_config(config.model)
@@ -223,9 +224,14 @@ class Bench:
         heads = shape.num_layers * shape.num_heads * shape.head_dim
         return 6 * shape.matrix_parameters * sum(lengths) + 12 * heads * pairs
 
-    def predicted_gib(self, problem: PlanningProblem, plan: Plan) -> float:
+    def predicted_memory(
+        self, config: Config, problem: PlanningProblem, plan: Plan
+    ) -> dict[str, Any]:
         tokens = max(g.tokens for m in plan.micro_batches for g in m.groups)
-        return problem.cost.memory_bytes(tokens) / 2**30
+        memory = memory_of(config, problem, problem.cost.shape.vocab_size)
+        print(f"{tokens:,} tokens in the largest micro-batch: {memory.statement(tokens)}")
+        parts = {name: size / GIB for name, size in memory.parts(tokens).items()}
+        return {"predicted_gib": memory.bytes_at(tokens) / GIB, "predicted_parts_gib": parts}
 
     def peak_gib(self) -> float:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0

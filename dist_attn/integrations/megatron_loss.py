@@ -82,7 +82,7 @@ class _VocabParallel(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += (grad_logits.T @ chunk).to(accumulate)
+                grad_weight += grad_logits.T @ chunk  # in the wider type of the two
         if grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
             grad_hidden = grad_hidden.to(hidden.dtype)

@@ -14,6 +14,7 @@ from dist_attn.planner.cluster import Cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.lengths import read_lengths
 from dist_attn.planner.mask_picture import mask_figure
+from dist_attn.planner.memory import Sharding
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
 from dist_attn.planner.shape import ModelShape
@@ -88,7 +89,7 @@ def cost_model(
     cost = CostModel.derive(
         shape,
         cluster,
-        config.engine.zero_stage,
+        Sharding.from_config(config),
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )

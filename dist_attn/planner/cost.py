@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dist_attn.errors import PlanError
 from dist_attn.planner.cluster import Cluster, fingerprint
 from dist_attn.planner.levels import Levels, inner_size
+from dist_attn.planner.memory import MemoryModel, Sharding
 from dist_attn.planner.shape import ModelShape
 
 IntArray = npt.NDArray[np.int64]
@@ -123,7 +124,7 @@ class CostModel:
         cls,
         shape: ModelShape,
         cluster: Cluster,
-        zero_stage: int,
+        sharding: Sharding | int,
         max_tokens_per_device: int | Mapping[str, int] | None = None,
         areas: tuple[tuple[int, ...], tuple[float, ...]] = ((), ()),
     ) -> CostModel:
@@ -136,11 +137,17 @@ class CostModel:
         Args:
             shape: the model.
             cluster: where it runs.
-            zero_stage: how parameters, gradients and optimizer state are sharded.
+            sharding: how parameters, gradients and optimizer state are sharded; a number is a ZeRO
+                stage.
             max_tokens_per_device: a cap on every rank's tokens, or one per kind of device by name.
             areas: lengths and areas of masks that are not causal; pairs cost the same in any mask.
         """
         caps = max_tokens_per_device
+        if isinstance(sharding, int):
+            sharding = Sharding(sharding)
+        memory = MemoryModel.of(shape, cluster.world_size, sharding)
+        # Of the moments of a step the one that limits the smallest device.
+        moment = memory.binding(min(d.memory_bytes for d in cluster.devices))
         linear = (2 * shape.forwards + 4) * shape.matrix_parameters
         pair = (
             (4 * shape.attention_forwards + 10)
@@ -163,8 +170,8 @@ class CostModel:
             inter_node=LinkRates(cluster.inter_node.bytes_per_s, cluster.inter_node.latency_s),
             devices_per_node=max(len(n) for p in cluster.pools for n in p),
             micro_batch_overhead_s=cluster.micro_batch_overhead_s,
-            static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
-            bytes_per_token=shape.activation_bytes_per_token,
+            static_bytes=memory.static_bytes + moment.constant_bytes,
+            bytes_per_token=moment.bytes_per_token,
             ring_overlap=cluster.ring_overlap,
             area_lengths=areas[0],
             area_pairs=areas[1],

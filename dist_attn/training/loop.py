@@ -20,6 +20,7 @@ from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model, model_frequencies
 from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
+from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import (
@@ -173,6 +174,8 @@ class _Run:
         self._stage: Stage | None = None
         self._runner: StepRunner
         self._nonfinite: NonFinitePolicy
+        #: Memory of the fullest step, measured and predicted.
+        self._peaks = (0.0, 0.0)
 
     def prepare(self, state: TrainState) -> None:
         """Let the first plan be solved in the background."""
@@ -248,6 +251,7 @@ class _Run:
         with Reporter(self._config.logging, self._folder, state.step, steps) as reporter:
             self._introduce(reporter, state)
             self._steps(state, reporter)
+            reporter.say(self._memory_at_the_end())
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
     def close(self) -> None:
@@ -277,13 +281,15 @@ class _Run:
         begun_at = state.step
         for step in range(state.step, self._config.run.steps):
             begun = time.perf_counter()
-            stage = self._stages.of_step(step)
-            if stage is not self._stage:
+            before, stage = self._stage, self._stages.of_step(step)
+            if stage is not before:
                 self._enter(stage, reporter, resumed=step == begun_at and step > stage.first_step)
             ids, following = stage.sampler.batch(self._position(state))
             self._mark(step, "planning")
             assert self._plans is not None
             plan, waited_s = self._plans.take(step, _lengths(stage, ids))
+            if reporter is not None and stage is not before:
+                reporter.say(_memory_statement(stage, plan))
             self._prepare_next(step + 1, following)
             result = self._runner.accumulate(plan, ids, partial(self._mark, step))
             self._mark(step, "the optimizer")
@@ -294,6 +300,7 @@ class _Run:
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
             suspects = [d for r in reports for d in r.result.suspects]
             skipped = self._nonfinite.skipped(step, metrics.loss, norm, suspects)
+            self._peaks = max(self._peaks, (metrics.memory_gib, metrics.predicted_memory_gib))
             if reporter is not None:
                 reporter.step(metrics, plan)
             state = TrainState(
@@ -347,10 +354,22 @@ class _Run:
             imbalance=imbalance([r.result.forward_s for r in reports]),
             padding_share=padding / (tokens + padding),
             memory_gib=max(r.memory_gib for r in reports),
+            predicted_memory_gib=self._predicted_gib(max(r.result.most_tokens for r in reports)),
             micro_batches=len(plan.micro_batches),
             groups=describe_groups(plan),
             stage=0 if self._stage is None else self._stage.index,
         )
+
+    def _predicted_gib(self, tokens: int) -> float:
+        assert self._stage is not None
+        return self._stage.memory.bytes_at(tokens) / GIB
+
+    def _memory_at_the_end(self) -> str:
+        measured, predicted = self._peaks
+        text = f"peak memory of the fullest rank: {measured:.1f} GiB measured, "
+        if self._runtime.device.type == "cpu":
+            return text + "the whole process; predictions are of a GPU's tensors"
+        return text + f"{predicted:.1f} GiB predicted ({predicted / measured - 1:+.0%})"
 
     def _checkpoint(
         self, state: TrainState, reporter: Reporter | None, *, stopping: bool
@@ -372,6 +391,17 @@ class _Run:
 
 def _lengths(stage: Stage, ids: IntArray) -> tuple[int, ...]:
     return tuple(int(n) for n in stage.corpus.lengths[ids])
+
+
+def _memory_statement(stage: Stage, plan: Plan) -> str:
+    """What the fullest rank of a stage's first step is going to hold."""
+    groups = [g for m in plan.micro_batches for g in m.groups]
+    tokens = max(-(-g.tokens // len(g.ranks)) for g in groups)
+    return (
+        f"memory of a rank with {tokens:,} tokens, the most of this step: "
+        f"{stage.memory.statement(tokens)}; a rank can hold "
+        f"{stage.problem.cost.tokens_per_device():,} tokens"
+    )
 
 
 def _describe(engine: EngineConfig) -> str:

@@ -48,6 +48,8 @@ class StepMetrics:
     padding_share: float
     #: Fullest rank: peak of the CUDA allocator, or resident memory of the process.
     memory_gib: float
+    #: What the memory model says of the rank with most tokens.
+    predicted_memory_gib: float
     micro_batches: int
     #: The plan in short, such as `4r | 2u+1+1`.
     groups: str
@@ -162,6 +164,7 @@ class Reporter:
             "balance/imbalance": m.imbalance,
             "balance/padding_share": m.padding_share,
             "memory/peak_gib": m.memory_gib,
+            "memory/predicted_gib": m.predicted_memory_gib,
             "plan/micro_batches": m.micro_batches,
             "plan/gap": m.plan_gap,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from dist_attn.config import ClusterConfig, Config
 from dist_attn.data import AnyCorpus, open_corpus
 from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
 from dist_attn.planner.cluster import Cluster, local_cluster
-from dist_attn.planner.command import cost_model, layer_rules_of
+from dist_attn.planner.fitting import describe_capacity, smallest_change
 from dist_attn.planner.problem import PlanningProblem
-from dist_attn.planner.shape import ModelShape
-from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.runtime import Runtime
 
 #: Change how the model is computed, not what it is.
 _FREE_MODEL_KEYS = (
     "gradient_checkpointing",
     "keep_attention",
+    "offload_checkpoints",
+    "mlp_tile_tokens",
     "loss_chunk_tokens",
     "checkpoint",
     "kernels",
@@ -66,28 +67,17 @@ def _open(config: Config, cache: Path, *, show_progress: bool) -> AnyCorpus:
         return open_corpus(config.data, cache, show)
 
 
-def planning_problem(config: Config, corpus: AnyCorpus, runtime: Runtime) -> PlanningProblem:
-    """Describe the cluster at hand and its costs to the planner.
-
-    Ranks that hold one model between them (tensor parallelism) count as one.
+def devices_of_ranks(config: Config, runtime: Runtime) -> Cluster:
+    """The cluster that runs: as described, else by the names of its devices.
 
     Collective: by all ranks.
 
     Raises:
         ConfigError: on every rank, when the described cluster has another number of ranks.
     """
-    degree = config.engine.tensor_parallel_degree
-    with runtime.together():
-        whole = ModelShape.from_config(config.model, corpus.vocab_size)
-        shape = tensor_parallel_shape(whole, degree)
     names = runtime.gather(_device_name(runtime))
     with runtime.together():
-        cluster = tensor_parallel_cluster(_cluster(config, runtime, names), shape, degree)
-        rules = layer_rules_of(config, whole)
-        cost = cost_model(config, cluster, shape, rules, config.data.max_document_tokens)
-    return PlanningProblem(
-        cluster, cost, config.planner, tuple(config.attention.strategies), config.run.seed
-    )
+        return _cluster(config, runtime, names)
 
 
 def _device_name(runtime: Runtime) -> str:
@@ -108,17 +98,26 @@ def _cluster(config: Config, runtime: Runtime, names: list[str]) -> Cluster:
     return Cluster.from_config(described)
 
 
-def check_longest(problem: PlanningProblem, corpus: AnyCorpus) -> None:
+def check_longest(
+    problem: PlanningProblem, corpus: AnyCorpus, config: Config, devices: Cluster
+) -> None:
     """Refuse before training a document that no group can hold.
 
     Raises:
-        UserError: naming the document, its length, the capacity and the remedy.
+        UserError: naming the document, its length, the capacity with its parts, and the smallest
+            change that would fit it.
     """
     longest = int(corpus.lengths.argmax())
+    length = int(corpus.lengths[longest])
     try:
-        problem.solve((int(corpus.lengths[longest]),))
+        problem.solve((length,))
     except UserError as error:
-        raise type(error)(f"{corpus.name(longest)}: {error}") from None
+        parts = [f"{corpus.name(longest)}: {error}"]
+        if config.planner.max_tokens_per_device is None:
+            with contextlib.suppress(UserError):
+                parts.append(describe_capacity(config, problem, corpus.vocab_size))
+            parts.append(smallest_change(config, devices, corpus.vocab_size, length))
+        raise type(error)("; ".join(parts)) from None
 
 
 def run_identity(config: Config, corpus: AnyCorpus) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import numpy as np
 from dist_attn.config import Config, RopeConfig, StageConfig
 from dist_attn.data import AnyCorpus, BatchSampler, SamplerPosition
 from dist_attn.data.sampler import BoolArray
+from dist_attn.planner.fitting import memory_of, planning_problem_of
+from dist_attn.planner.memory import MemoryModel
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.training.runtime import Runtime
-from dist_attn.training.setup import check_longest, open_corpus_on_every_rank, planning_problem
+from dist_attn.training.setup import check_longest, devices_of_ranks, open_corpus_on_every_rank
 
 #: A document of which this share was dealt already is left out of the rest of the epoch.
 USED_SHARE = 0.5
@@ -31,6 +33,7 @@ class Stage:
     config: Config
     corpus: AnyCorpus
     problem: PlanningProblem
+    memory: MemoryModel
     sampler: BatchSampler
     first_step: int
     #: The step after its last one.
@@ -89,18 +92,20 @@ def open_stages(config: Config, runtime: Runtime) -> Stages:
     """
     stages: list[Stage] = []
     step, begun = 0, None
+    devices = devices_of_ranks(config, runtime)
     for index, entry in enumerate(config.stages or [None]):
         at = config.at_stage(index)
         corpus = open_corpus_on_every_rank(at, runtime)
-        problem = planning_problem(at, corpus, runtime)
         with runtime.together():
-            check_longest(problem, corpus)
+            problem = planning_problem_of(at, devices, corpus.vocab_size)
+            check_longest(problem, corpus, at, devices)
             used = None if begun is None else (begun[0], _pieces_of(corpus, begun[1]))
             sampler = BatchSampler(
                 corpus.lengths, at.data.batch, at.run.seed, at.data.shuffle, used
             )
             end, position = _end(entry, corpus, sampler, step, at.run.steps)
-        stages.append(Stage(index, at, corpus, problem, sampler, step, end))
+        memory = memory_of(at, problem, corpus.vocab_size)
+        stages.append(Stage(index, at, corpus, problem, memory, sampler, step, end))
         step = end
         if step >= config.run.steps:
             break

@@ -36,6 +36,8 @@ class StepResult:
     #: This rank's tokens of documents, and its padding.
     tokens: int
     padding: int
+    #: Of the micro-batch that has most, padding among them.
+    most_tokens: int
     #: Documents of this rank's groups whose loss is not finite.
     suspects: tuple[int, ...] = ()
 
@@ -84,7 +86,7 @@ class StepRunner:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         watch = _Stopwatch(self._runtime.device)
         losses: list[Tensor] = []
-        tokens = padding = 0
+        tokens = padding = most = 0
         last = len(plan.micro_batches) - 1
         for index, micro_batch in enumerate(plan.micro_batches):
             mark(f"forward of micro-batch {index}")
@@ -101,11 +103,12 @@ class StepRunner:
             self._engine.backward(loss, total, last=index == last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
+            most = max(most, batch.local_seq_len + batch.num_padding)
         mean = float(loss_sum) / total
         suspects: tuple[int, ...] = ()
         if not math.isfinite(mean):
             suspects = self._suspects(plan, document_ids, losses)
-        return StepResult(mean, watch.seconds(), tokens, padding, suspects)
+        return StepResult(mean, watch.seconds(), tokens, padding, most, suspects)
 
     def _one_if_finite(self, loss_sum: Tensor) -> Tensor:
         """Add up the ranks' losses in place; 1, or NaN if the sum is not finite.

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+#: Rows of a gradient that are scaled at a time.
+SCALED_ROWS = 4096
 
 
 def linear_cross_entropy(
@@ -79,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += (grad_logits.T @ chunk).to(accumulate)
+                grad_weight += grad_logits.T @ chunk  # in the wider type of the two
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
@@ -93,8 +95,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A gradient times an upstream factor, which is not rounded to the gradient's dtype before."""
-    return None if gradient is None else (gradient.to(factor.dtype) * factor).to(dtype)
+    """A gradient times an upstream factor, which is not rounded to the gradient's dtype before.
+
+    In parts, so that no second copy of a large gradient exists in a wider type.
+    """
+    if gradient is None:
+        return None
+    result = torch.empty_like(gradient, dtype=dtype)
+    for whole, part in zip(result.split(SCALED_ROWS), gradient.split(SCALED_ROWS), strict=True):
+        whole.copy_(part.to(factor.dtype) * factor)
+    return result
 
 
 def _weighted_loss(log_probs: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import Frequencies
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.memory import MemoryModel, Sharding
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.topology import Topology
@@ -165,7 +166,9 @@ def test_the_planner_sees_a_share_of_the_model(recompute: bool) -> None:
     assert (share.num_heads, share.num_kv_heads, share.vocab_size) == (2, 1, 251)
     # The vocabulary's 1001 rows make four shares of 251.
     assert 4 * share.matrix_parameters - whole.matrix_parameters == 3 * 512
-    assert share.activation_bytes_per_token < whole.activation_bytes_per_token
+    parts = [MemoryModel.of(s, 4, Sharding(1)) for s in (share, whole)]
+    assert parts[0].fullest(1000).bytes_per_token < parts[1].fullest(1000).bytes_per_token
+    assert parts[0].static_bytes < parts[1].static_bytes
     devices = local_cluster(16, ["NVIDIA H100 80GB HBM3"] * 16, 8)
     cluster = tensor_parallel_cluster(devices, share, 4)
     assert (cluster.world_size, cluster.num_nodes) == (4, 2)
