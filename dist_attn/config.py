@@ -122,6 +122,11 @@ class Config(Section):
                 "engine.zero_stage 0 with model.dtype bf16 accumulates gradients in bf16; "
                 "use zero_stage 1, 2 or 3, or dtype fp32"
             )
+        if self.engine.name == "megatron" and self.model.mlp_tile_tokens is not None:
+            raise ValueError(
+                "model.mlp_tile_tokens is not carried out by engine 'megatron'; use "
+                "tensor_parallel_degree, or engine 'deepspeed'"
+            )
         self._check_tensor_parallel()
         return self
 

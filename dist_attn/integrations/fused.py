@@ -47,6 +47,11 @@ def fuse(decoder: nn.Module, attention: AttentionFunction) -> None:
             module.forward = MethodType(kernels.attention(attention), module)
 
 
+def liger_gate() -> Callable[[Tensor, Tensor], Tensor]:
+    """Liger's product of a gate and an up projection."""
+    return _Kernels().gate
+
+
 class _Kernels:
     """The forward methods of fused modules."""
 
@@ -60,14 +65,14 @@ class _Kernels:
                 f"model.kernels 'liger' needs the package liger-kernel ({error}); install it "
                 f"(pip install liger-kernel), or set model.kernels to 'torch'"
             ) from None
-        self._norm, self._gate, self._rope = norm.apply, gate.apply, rope.apply
+        self._norm, self.gate, self._rope = norm.apply, gate.apply, rope.apply
 
     def norm(self, module: Any, hidden: Tensor) -> Tensor:
         result: Tensor = self._norm(hidden, module.weight, module.variance_epsilon)
         return result
 
     def mlp(self, module: Any, hidden: Tensor) -> Tensor:
-        gated = self._gate(module.gate_proj(hidden), module.up_proj(hidden))
+        gated = self.gate(module.gate_proj(hidden), module.up_proj(hidden))
         result: Tensor = module.down_proj(gated)
         return result
 

@@ -17,9 +17,10 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
-from dist_attn.integrations.fused import fuse
+from dist_attn.integrations.fused import fuse, liger_gate
 from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary, Frequencies, frequencies
+from dist_attn.integrations.tiled_mlp import silu_gate, tile_mlps
 from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
 ATTENTION_NAME = "dist_attn"
@@ -120,9 +121,13 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
     nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
     if config.kernels == "liger":
         fuse(decoder, _attention)
-    if config.gradient_checkpointing:
+    if config.mlp_tile_tokens is not None:
+        gate = liger_gate() if config.kernels == "liger" else silu_gate
+        tile_mlps(decoder, config.mlp_tile_tokens, gate)
+    recompute = Recompute.from_config(config)
+    if recompute is not None:
         # Of the public way in only the function could not be chosen.
-        decoder._set_gradient_checkpointing(True, Recompute(config.keep_attention).transformers)
+        decoder._set_gradient_checkpointing(True, recompute.transformers)
     decoder.train()
     return CausalLM(decoder, config.loss_chunk_tokens)
 

@@ -37,9 +37,7 @@ class MegatronCausalLM(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            make_layer_spec(
-                recompute=Recompute(model.keep_attention) if model.gradient_checkpointing else None
-            ),
+            make_layer_spec(recompute=Recompute.from_config(model)),
             vocab_size=sizes.vocab_rows * sizes.degree,
             max_sequence_length=hf.hf_config.max_position_embeddings,
             position_embedding_type="rope",

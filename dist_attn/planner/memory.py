@@ -1,8 +1,8 @@
 """What a rank's memory holds at the fullest moment of a step, part by part.
 
 The planner's capacity, the statement before training and the prediction beside the measured peak
-all come from here. Bytes are those of tensors, as a GPU's allocator counts them at its peak; contexts,
-NCCL and fragmentation are the device's `reserved_gib`.
+all come from here. Bytes are those of tensors, as a GPU's allocator counts them at its peak;
+contexts, NCCL and fragmentation are the device's `reserved_gib`.
 """
 
 from __future__ import annotations
@@ -188,8 +188,10 @@ def _work(shape: ModelShape) -> tuple[int, int]:
     again = layer_bytes_per_token(shape) if shape.gradient_checkpointing else 0
     if not shape.mlp_tile_tokens:
         return again + (mlp + 2 * c) * e, 0
-    tile = (_mlp_tensors(shape) + (1 if shape.fused else 3)) * i * e * shape.mlp_tile_tokens
-    return again + 2 * c * e, tile
+    # Float32 sums of the three projections' gradients live as long as the tiles.
+    sums = 3 * 4 * c * i
+    tensors = _mlp_tensors(shape) + (1 if shape.fused else 3)
+    return again + 2 * c * e, sums + tensors * i * e * shape.mlp_tile_tokens
 
 
 def _static(shape: ModelShape, world_size: int, sharding: Sharding) -> tuple[tuple[str, int], ...]:

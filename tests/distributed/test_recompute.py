@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from dist_attn.integrations.hf import build_model
 from dist_attn.layout import make_layout
 from dist_attn.masks import Causal, Documents
 from dist_attn.masks.patterns import sliding_window
+from tests.distributed.test_refusals import attempt
+from tests.e2e.command import losses, small_config
 from tests.ranks import run_ranks
 
 LENGTHS = (37, 70, 21)
@@ -97,3 +100,22 @@ def count_kernels(keep: bool) -> int:
 def test_under_ulysses_the_kernel_runs_once() -> None:
     kept, again = run_ranks(count_kernels, 2, True)[0], run_ranks(count_kernels, 2, False)[0]
     assert again == 2 * kept > 0
+
+
+@pytest.mark.parametrize("engine", ["{zero_stage: 2}", "{zero_stage: 3}", "{name: megatron}"])
+def test_runs_that_save_memory_learn_alike(tmp_path: Path, engine: str) -> None:
+    """Checkpoints, kept attention, offload and tiles are carried out by every engine."""
+    config = small_config(tmp_path)
+    more = [f"engine={engine}", "run.steps=5", "checkpoint.at_end=false"]
+    sizes = ["hidden_size: 32", "intermediate_size: 64"]
+    saving = [*sizes, "gradient_checkpointing: true", "offload_checkpoints: true"]
+    if "megatron" not in engine:
+        saving.append("mlp_tile_tokens: 40")
+    found = {}
+    for name, model in {"plain": sizes, "saving": saving}.items():
+        settings = [*more, f"run.dir={tmp_path / name}", f"model={{{', '.join(model)}}}"]
+        done = run_ranks(attempt, 2, str(config), settings, None)
+        assert set(done) == {"done"}, done[0]
+        found[name] = losses(tmp_path / name)
+    assert found["plain"] == pytest.approx(found["saving"], abs=2e-5)
+    assert found["plain"][-1] < found["plain"][0] - 0.1
