@@ -19,7 +19,7 @@ from dist_attn.config_attention import AttentionConfig
 from dist_attn.config_data import BatchConfig, CorpusConfig, DataConfig, SourceConfig
 from dist_attn.config_engine import EngineConfig, OptimizerConfig
 from dist_attn.config_masks import LayerMaskConfig
-from dist_attn.config_model import ModelConfig
+from dist_attn.config_model import LoraConfig, ModelConfig
 from dist_attn.config_planner import (
     ClusterConfig,
     DeviceConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "LayerMaskConfig",
     "LinkConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "NodesConfig",
     "OptimizerConfig",
@@ -127,6 +128,8 @@ class Config(Section):
                 "model.mlp_tile_tokens is not carried out by engine 'megatron'; use "
                 "tensor_parallel_degree, or engine 'deepspeed'"
             )
+        if self.engine.name == "megatron" and self.model.lora is not None:
+            raise ValueError("model.lora is not carried out by engine 'megatron'; use 'deepspeed'")
         self._check_tensor_parallel()
         return self
 

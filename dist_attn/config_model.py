@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dist_attn.config_rope import RopeConfig
 from dist_attn.config_section import Positive, PositiveFloat, Section
+
+Target = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights, by the package peft."""
+
+    rank: Positive = 16
+    #: The adapters' outputs count alpha / rank times.
+    alpha: PositiveFloat = 32.0
+    targets: Annotated[list[Target], Field(min_length=1)] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
 
 
 class ModelConfig(Section):
@@ -26,6 +41,8 @@ class ModelConfig(Section):
     #: Base and scaling, in place of `rope_theta` and of what a checkpoint says.
     rope: RopeConfig | None = None
     tie_word_embeddings: bool = False
+    #: Train adapters of this rank and leave the model's own weights as they are.
+    lora: LoraConfig | None = None
     #: Parameters and activations; the optimizer's copy is float32 in either case. `auto` is bf16 on
     #: GPUs and fp32 on CPUs.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -49,6 +66,15 @@ class ModelConfig(Section):
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise ValueError(
                 "offload_checkpoints moves what gradient_checkpointing keeps; set both, or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> ModelConfig:
+        if self.lora is not None and self.mlp_tile_tokens is not None:
+            raise ValueError(
+                "mlp_tile_tokens computes the MLP from plain matrices and knows no adapters; leave "
+                "it or lora out"
             )
         return self
 

@@ -38,9 +38,9 @@ class DeepSpeedEngine:
         self._rank = dist.get_rank()
         self._stage = int(config.engine.zero_stage)
         model.to(device)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._params = dict(model.named_parameters())
+        # Frozen parameters have no state and are in no checkpoint.
+        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
         self._engine, *_ = deepspeed.initialize(
             # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
@@ -204,6 +204,8 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
+        # torch's optimizer runs on the host as well; DeepSpeed's own would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.model.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -214,8 +216,18 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": bucket,
             "contiguous_gradients": True,
             "overlap_comm": device.type == "cuda",
+            **_offload(config, device),
         },
     }
+
+
+def _offload(config: Config, device: torch.device) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    wanted = {
+        "offload_optimizer": config.engine.offload_optimizer,
+        "offload_param": config.engine.offload_parameters,
+    }
+    return {key: host for key, on in wanted.items() if on}
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

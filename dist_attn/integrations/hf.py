@@ -18,6 +18,7 @@ from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.fused import fuse, liger_gate
+from dist_attn.integrations.lora import add_adapters
 from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary, Frequencies, frequencies
 from dist_attn.integrations.tiled_mlp import silu_gate, tile_mlps
@@ -119,6 +120,8 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
         )
     decoder.model.rotary_emb = ExactRotary(model_frequencies(config, decoder.config))
     nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
+    if config.lora is not None:
+        add_adapters(decoder, config.lora, seed)
     if config.kernels == "liger":
         fuse(decoder, _attention)
     if config.mlp_tile_tokens is not None:

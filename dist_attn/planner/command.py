@@ -89,7 +89,7 @@ def cost_model(
     cost = CostModel.derive(
         shape,
         cluster,
-        Sharding.from_config(config),
+        Sharding.from_config(config, shape),
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )

@@ -34,7 +34,7 @@ class Sharding:
     trained_parameters: int | None = None
 
     @classmethod
-    def from_config(cls, config: Config) -> Sharding:
+    def from_config(cls, config: Config, shape: ModelShape) -> Sharding:
         """Read it from a run's configuration."""
         return cls(
             zero_stage=config.engine.zero_stage,
@@ -43,6 +43,7 @@ class Sharding:
             optimizer=config.optimizer.name,
             offload_optimizer=config.engine.offload_optimizer,
             offload_parameters=config.engine.offload_parameters,
+            trained_parameters=adapter_parameters(config, shape),
         )
 
 
@@ -99,6 +100,8 @@ class MemoryModel:
         kept = shape.num_layers * kept_bytes_per_token(shape)
         shared = 2 * shape.head_dim * (4 if shape.fused else e) + 40
         weight = shape.vocab_size * shape.hidden_size
+        if sharding.trained_parameters is not None:
+            weight = 0  # frozen: no gradient
         loss = Moment(
             "the loss",
             (
@@ -150,6 +153,18 @@ class MemoryModel:
         """The peak and its parts in words, such as `61.2 GiB: parameters 2.1, ...`."""
         parts = [f"{name} {size / GIB:.1f}" for name, size in self.parts(tokens).items()]
         return f"{self.bytes_at(tokens) / GIB:.1f} GiB: {', '.join(parts)}"
+
+
+def adapter_parameters(config: Config, shape: ModelShape) -> int | None:
+    """Parameters of `model.lora`; None where the whole model is trained."""
+    lora = config.model.lora
+    if lora is None:
+        return None
+    c, i = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    both = {"q_proj": c + q, "k_proj": c + kv, "v_proj": c + kv, "o_proj": q + c,
+            "gate_proj": c + i, "up_proj": c + i, "down_proj": i + c}  # fmt: skip
+    return lora.rank * shape.num_layers * sum(both[t] for t in lora.targets)
 
 
 def kept_bytes_per_token(shape: ModelShape) -> int:

@@ -102,7 +102,14 @@ def test_under_ulysses_the_kernel_runs_once() -> None:
     assert again == 2 * kept > 0
 
 
-@pytest.mark.parametrize("engine", ["{zero_stage: 2}", "{zero_stage: 3}", "{name: megatron}"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "{zero_stage: 3}",
+        "{name: megatron}",
+        pytest.param("{zero_stage: 2}", marks=pytest.mark.slow),
+    ],
+)
 def test_runs_that_save_memory_learn_alike(tmp_path: Path, engine: str) -> None:
     """Checkpoints, kept attention, offload and tiles are carried out by every engine."""
     config = small_config(tmp_path)
