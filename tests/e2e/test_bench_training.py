@@ -15,7 +15,8 @@ from tests.e2e.command import ROOT, environment
 def test_every_case_gives_a_row(tmp_path: Path) -> None:
     arguments = [
         "--out", str(tmp_path), "--model", "tiny", "--device", "cpu", "--tokens", "1024", "2048",
-        "--steps", "1", "--batch-tokens", "2048", "--bucket-elements", "100000", "--profile", "1K s2",
+        "--steps", "1", "--batch-tokens", "2048", "--bucket-elements", "100000",
+        "--profile", "1K s2",
         "--seconds-per-case", "0.1",
     ]  # fmt: skip
     done = subprocess.run(
