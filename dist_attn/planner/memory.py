@@ -7,7 +7,7 @@ contexts, NCCL and fragmentation are the device's `reserved_gib`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_attn.config import Config
 from dist_attn.planner.shape import ModelShape
@@ -198,11 +198,15 @@ def _mlp_tensors(shape: ModelShape) -> int:
 def _work(shape: ModelShape) -> tuple[int, int]:
     """Bytes per token of a layer's backward beside what is kept, and of a tile of its MLP."""
     e, c, i = shape.bytes_per_element, shape.hidden_size, shape.intermediate_size
-    # Gradients of the MLP's product (torch: and of both factors), and of its input, twice.
+    # Gradients of the MLP's product (torch: and of both factors), then of its input, twice.
     mlp = (1 if shape.fused else 3) * i
-    again = layer_bytes_per_token(shape) if shape.gradient_checkpointing else 0
+    again = 0
+    if shape.gradient_checkpointing:
+        # Its input, and its attention if that is kept, are there already.
+        inputs = replace(shape, offload_checkpoints=False)
+        again = layer_bytes_per_token(shape) - kept_bytes_per_token(inputs)
     if not shape.mlp_tile_tokens:
-        return again + (mlp + 2 * c) * e, 0
+        return again + max(mlp, 2 * c) * e, 0
     # Float32 sums of the three projections' gradients live as long as the tiles.
     sums = 3 * 4 * c * i
     tensors = _mlp_tensors(shape) + (1 if shape.fused else 3)
