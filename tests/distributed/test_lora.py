@@ -44,7 +44,8 @@ def run(config: Path, folder: Path, base: Path, stage: int, *more: str, resume: 
     assert set(done) == {"done"}, done[0]
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_adapters_learn_and_resume(base: Path, tmp_path: Path, stage: int) -> None:
     config = small_config(tmp_path)
     run(config, tmp_path / "run", base, stage)

@@ -106,7 +106,7 @@ def test_under_ulysses_the_kernel_runs_once() -> None:
     "engine",
     [
         "{zero_stage: 3}",
-        "{name: megatron}",
+        pytest.param("{name: megatron}", marks=pytest.mark.slow),
         pytest.param("{zero_stage: 2}", marks=pytest.mark.slow),
     ],
 )

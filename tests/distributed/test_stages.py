@@ -97,6 +97,7 @@ def test_megatron_grows_alike(config: Path, whole: Path, tmp_path: Path) -> None
     assert farthest(losses(folder), losses(whole)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_scaling_of_a_stage_is_carried_out(config: Path, whole: Path, tmp_path: Path) -> None:
     """The control: with another scaling of the second stage, losses differ from there on."""
     text = config.read_text().replace("factor: 8.0", "factor: 2.0")
