@@ -91,7 +91,13 @@ class _Kernels:
             if hasattr(module, "q_norm"):
                 q, k = module.q_norm(q), module.k_norm(k)
             q, k = self._rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-            out, _ = attention(module, q, k, v, attention_mask, scaling=module.scaling, **kwargs)
+            # What the model asks for beside is refused there, as in the model's own forward.
+            own = {
+                "scaling": module.scaling,
+                "dropout": module.attention_dropout if module.training else 0.0,
+                "sliding_window": getattr(module, "sliding_window", None),
+            }
+            out, _ = attention(module, q, k, v, attention_mask, **own, **kwargs)
             return module.o_proj(out.flatten(2)), None
 
         return forward

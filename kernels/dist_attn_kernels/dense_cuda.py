@@ -151,9 +151,7 @@ class CudaBackend:
         """See `Backend`."""
         parts = [
             backend.backward(saved.segment(q, k), run, softmax_scale, deterministic)
-            for backend, run, q, k in self._backward_runs(
-                segments, saved.q.shape[1], deterministic
-            )
+            for backend, run, q, k in self._backward_runs(segments, saved.q.shape[1], deterministic)
         ]
         dqs, dks, dvs = zip(*parts, strict=True)
         return _join(dqs, 0), _join(dks, 0), _join(dvs, 0)
