@@ -142,6 +142,8 @@ def check_identity(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> N
     changed = []
     for key, value in here.items():
         old = saved.get(key)
+        if old is None and not value:
+            continue  # written before there was such a key
         if isinstance(value, dict) and isinstance(old, dict):
             changed += [
                 f"{key}.{k}: {old.get(k)!r} there, {v!r} here"
