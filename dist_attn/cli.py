@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
     )
+    # A signal that ends the process (a truncated file under a memory map, say) shows where it was.
+    faulthandler.enable()
+    # Whatever the user's mask: nobody else writes into what a run leaves.
+    os.umask(os.umask(0o022) | 0o022)
     try:
         run: Callable[[argparse.Namespace], int] = parsed.run
         return run(parsed)
@@ -85,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of what the cluster description promises",
+        help="of what the calibration or the cluster description promises",
+    )
+    preflight.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of `dist-attn calibrate`, on good nodes"
     )
     preflight.set_defaults(run=_preflight)
 
@@ -138,21 +146,21 @@ def _is_rank(parsed: argparse.Namespace) -> bool:
     return False
 
 
-def _launch(command: str, parsed: argparse.Namespace, *more: str) -> int:
+def _launch(command: str, parsed: argparse.Namespace, patience_s: float, *more: str) -> int:
     from dist_attn.training.launcher import launch, ranks_per_node
     from dist_attn.training.slurm import place_of_node
 
     node = place_of_node(os.environ) if parsed.nproc_per_node is not None else None
     overrides = [part for item in parsed.set for part in ("--set", item)]
     arguments = [command, "--cfg", parsed.cfg, *overrides, *more]
-    return launch(arguments, ranks_per_node(parsed.nproc_per_node), node)
+    return launch(arguments, ranks_per_node(parsed.nproc_per_node), patience_s, node)
 
 
 def _train(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.cfg, parsed.set)
     if not _is_rank(parsed):
         resume = ["--resume", parsed.resume] if parsed.resume is not None else []
-        return _launch("train", parsed, *resume)
+        return _launch("train", parsed, config.run.timeout_s, *resume)
     from dist_attn.training.loop import train
 
     train(config, parsed.resume)
@@ -164,10 +172,13 @@ def _preflight(parsed: argparse.Namespace) -> int:
     limits = ("min_free_gib", "max_clock_offset_s", "min_bandwidth_share")
     if not _is_rank(parsed):
         more = [(f"--{k.replace('_', '-')}", str(getattr(parsed, k))) for k in limits]
-        return _launch("preflight", parsed, *(part for pair in more for part in pair))
+        if parsed.calibration is not None:
+            more.append(("--calibration", str(parsed.calibration)))
+        timeout_s = config.run.timeout_s
+        return _launch("preflight", parsed, timeout_s, *(part for pair in more for part in pair))
     from dist_attn.training.preflight import Limits, preflight
 
-    preflight(config, Limits(**{k: getattr(parsed, k) for k in limits}))
+    preflight(config, Limits(**{k: getattr(parsed, k) for k in limits}), parsed.calibration)
     return 0
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from dist_attn.config_attention import AttentionConfig
 from dist_attn.config_data import BatchConfig, CorpusConfig, DataConfig, SourceConfig
@@ -74,6 +74,10 @@ class RunConfig(Section):
     timeout_s: PositiveFloat = 600.0
     #: What follows a loss or gradient that is NaN or infinite: end the run, or leave the step out.
     nonfinite: Literal["stop", "skip"] = "stop"
+    #: A rank is named as slow when it computes so many times as long as the median rank for the
+    #: same work, waits left out, in so many steps in a row.
+    slow_rank_factor: Annotated[float, Field(gt=1)] = 1.5
+    slow_rank_steps: Positive = 10
 
 
 class CheckpointConfig(Section):

@@ -30,6 +30,10 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged or does not fit the run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is no longer what was written: truncated, altered, or partly gone."""
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is NaN or infinite: the data, the learning rate or the precision."""
 

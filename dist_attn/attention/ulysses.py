@@ -137,7 +137,7 @@ class Ulysses:
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
         trades = self._trades(call, q.device)
-        side = SideStream(q.device)
+        side = SideStream(q.device, call.ledger)
         arriving = _arrivals(trades, side, [q, k, v])
         leaving: list[list[Ticket[Parts]]] = []
         kept: list[Tensor] = []
@@ -179,7 +179,7 @@ class Ulysses:
         make = dout.new_zeros if summed else dout.new_empty
         dkv = [make(shape, dtype=wide) for _ in range(2)]
         travel = call.travel_dtype(dout.dtype, summed=True) if summed else dout.dtype
-        side = SideStream(dout.device)
+        side = SideStream(dout.device, call.ledger)
         arriving = _arrivals(trades, side, [dout])
         leaving: list[Ticket[Parts]] = []
         kept = list(residuals)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_attn.comm.ledger import Ledger
+from dist_attn.comm.ledger import Ledger, waiting
 from dist_attn.groups import CommGroup
 
 Shape = tuple[int, ...]
@@ -52,7 +52,10 @@ def all_to_all(
     through_host = send.is_cuda and dist.get_backend(group.process_group) == "gloo"
     buffer = send.cpu() if through_host else send
     received = torch.empty(sum(receive_sizes), dtype=send.dtype, device=buffer.device)
-    dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group.process_group)
+    with waiting(ledger):
+        dist.all_to_all_single(
+            received, buffer, receive_sizes, send_sizes, group=group.process_group
+        )
     if through_host:
         received = received.to(send.device)
     lists = []

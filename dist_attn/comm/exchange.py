@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_attn.comm.ledger import Ledger
+from dist_attn.comm.ledger import Ledger, waiting
 from dist_attn.groups import CommGroup
 from dist_attn.peer_memory import ALIGNMENT, Lane, PeerMemory
 
@@ -135,8 +135,10 @@ class _MessageExchange:
 
     def wait(self) -> None:
         """See `Exchange`."""
-        for work in self._works:
-            work.wait()
+        if self._works:
+            with waiting(self.ledger):
+                for work in self._works:
+                    work.wait()
         for tensor, staged in self._arrivals:
             tensor.copy_(staged)
         self._ops, self._works, self._arrivals = [], [], []
@@ -211,10 +213,11 @@ class _CopyExchange:
     def wait(self) -> None:
         """See `Exchange`."""
         stream = torch.cuda.current_stream()
-        for name, source in self._sources.items():
-            self._memory.wait(self._lanes[name].word(self._me, 1, source), self._number, stream)
-        if self._sent is not None:
-            stream.wait_event(self._sent)
+        with waiting(self._ledger):
+            for name, source in self._sources.items():
+                self._memory.wait(self._lanes[name].word(self._me, 1, source), self._number, stream)
+            if self._sent is not None:
+                stream.wait_event(self._sent)
         self._sends = {}
 
 

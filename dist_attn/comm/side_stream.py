@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dist_attn.comm.ledger import Ledger, beside_the_computation, waiting
+
 T = TypeVar("T")
 
 
@@ -18,11 +20,13 @@ class Ticket(Generic[T]):
 
     _result: T
     _done: torch.cuda.Event | None
+    _ledger: Ledger | None = None
 
     def result(self) -> T:
         """Return it; what is computed from here on waits for it."""
         if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+            with waiting(self._ledger):
+                torch.cuda.current_stream().wait_event(self._done)
         return self._result
 
 
@@ -31,10 +35,12 @@ class SideStream:
 
     All of it lies between the making of the object and `finish`, both in one function: the stream
     waits for what was computed before, and is waited for in the end. Until then all work is kept
-    with the tensors that it reads, so that no memory of either stream is used anew too early.
+    with the tensors that it reads, so that no memory of either stream is used anew too early. A
+    ledger times how long the computation stands still for it, and not what it overlaps with.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger
         self._stream = _stream(device) if device.type == "cuda" else None
         self._held: list[Any] = []
         if self._stream is not None:
@@ -52,14 +58,16 @@ class SideStream:
         if self._stream is None:
             return Ticket(work(), None)
         with torch.cuda.stream(self._stream):
-            result = work()
+            with beside_the_computation(self._ledger):
+                result = work()
             self._held.append((work, result))
-            return Ticket(result, self._stream.record_event())
+            return Ticket(result, self._stream.record_event(), self._ledger)
 
     def finish(self) -> None:
         """Let what is computed from here on wait for everything."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            with waiting(self._ledger):
+                torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._held.clear()
 
 

@@ -1,11 +1,11 @@
 """A corpus as tokens on disk: tokenised once, then memory-mapped.
 
 A corpus of texts becomes one folder of the cache: the tokens as an indexed pair, where each
-document came from, and a summary. The folder's name is a hash of everything that the tokens depend
-on, it appears whole by one rename, and it does not depend on the length limit, which is applied
-when the corpus is opened. Several processes may ask for the same corpus; one builds, the others
-wait. An indexed pair of the user's is read in place; the cache keeps only what one pass over its
-tokens found.
+document came from, the files as they were, and a summary. The folder's name is a hash of everything
+that the tokens depend on, it appears whole by one rename, and it does not depend on the length
+limit, which is applied when the corpus is opened. Several processes may ask for the same corpus;
+one builds, the others wait. An indexed pair of the user's is read in place; the cache keeps only
+what one pass over its tokens found.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,13 @@ from dist_attn.data.indexed import (
 )
 from dist_attn.data.readers import Record, Source, document_name, find_source
 from dist_attn.data.tokenizer import Tokenizer, token_dtype
+from dist_attn.data.watch import MappedFile, State, states
 from dist_attn.errors import CorpusError
 
 #: Called with what is done and what there is to do, in bytes.
 Progress = Callable[[int, int], None]
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 22
 
@@ -73,6 +75,12 @@ class TokenStore:
     summary: Summary
     #: Whether the cache had it already.
     cached: bool
+    #: The name of its folder in the cache; None of a pair that is read in place.
+    folder: str | None
+    #: The texts as they were when the tokens were made of them.
+    sources: tuple[State, ...]
+    #: What is read while a run goes on.
+    mapped: tuple[MappedFile, ...]
 
     def name(self, document: int) -> str:
         """Say where a document stood: its file, and its row."""
@@ -81,9 +89,17 @@ class TokenStore:
 
 
 def open_store(
-    config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    begun_with: str | None = None,
 ) -> TokenStore:
     """Open the tokens of a corpus, building them if the cache lacks them.
+
+    A run that goes on passes the folder that it has begun with. If the cache still has it, and it
+    is of the same corpus and tokenizer, it is used also where the texts have changed since; the
+    store's `sources` show that.
 
     Raises:
         CorpusError: the corpus or the cache cannot be used.
@@ -92,6 +108,8 @@ def open_store(
         cache_dir.mkdir(parents=True, exist_ok=True)
         if config.corpus.kind == "megatron":
             return _open_indexed(config, cache_dir, progress)
+        if begun_with is not None and _is_of(cache_dir / begun_with, config, tokenizer):
+            return _open_folder(cache_dir / begun_with, cached=True)
         return _open_texts(config, tokenizer, cache_dir, progress)
     except OSError as error:
         raise CorpusError(
@@ -104,14 +122,20 @@ def _open_texts(
     config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None
 ) -> TokenStore:
     source = find_source(config.corpus)
-    key = _key(source.kind, source.field, _states(source.files), tokenizer.digest)
+    sources = states(source.files)
+    key = _key(source.kind, source.field, sources, tokenizer.digest)
     folder = cache_dir / f"{source.kind}-{key}"
     cached = folder.exists()
     if not cached:
         with _locked(folder.with_name(folder.name + ".lock")):
             cached = folder.exists()
             if not cached:
-                _build(source, tokenizer, folder, progress)
+                origin = {"corpus": config.corpus.model_dump(), "tokenizer": tokenizer.digest}
+                _build(source, tokenizer, folder, {**origin, "files": sources}, progress)
+    return _open_folder(folder, cached=cached)
+
+
+def _open_folder(folder: Path, *, cached: bool) -> TokenStore:
     summary = _load_summary(folder / "summary.json")
     reader = IndexedReader(folder / "tokens")
     try:
@@ -122,8 +146,35 @@ def _open_texts(
         ) from None
     if not len(origins) == len(reader) == summary.num_documents:
         raise CorpusError(f"the cached corpus {folder} contradicts itself; delete this folder")
-    files = tuple(str(path) for path in source.files)
-    return TokenStore(source.kind, files, reader, origins, summary, cached)
+    origin = _load_origin(folder)
+    (_, *state), *_ = states([bin_path(folder / "tokens")])
+    if state != origin["tokens"] and _scan(reader, None).digest != summary.digest:
+        raise CorpusError(
+            f"{bin_path(folder / 'tokens')} holds other tokens than were written; delete {folder}"
+        )
+    sources = tuple((str(path), int(size), int(at)) for path, size, at in origin["files"])
+    files = tuple(path for path, _, _ in sources)
+    mapped = MappedFile(bin_path(folder / "tokens")), MappedFile(folder / "origins.npy")
+    kind = str(origin["corpus"]["kind"])
+    return TokenStore(kind, files, reader, origins, summary, cached, folder.name, sources, mapped)
+
+
+def _is_of(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a folder of the cache holds this corpus, at whatever time its files were read."""
+    if not folder.is_dir():
+        return False
+    origin = _load_origin(folder)
+    same_corpus: bool = origin["corpus"] == config.corpus.model_dump()
+    return same_corpus and origin["tokenizer"] == tokenizer.digest
+
+
+def _load_origin(folder: Path) -> dict[str, Any]:
+    path = folder / "origin.json"
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        return {key: origin[key] for key in ("corpus", "tokenizer", "files", "tokens")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"the cache file {path} is damaged ({error}); delete {folder}") from None
 
 
 def _open_indexed(config: DataConfig, cache_dir: Path, progress: Progress | None) -> TokenStore:
@@ -131,20 +182,30 @@ def _open_indexed(config: DataConfig, cache_dir: Path, progress: Progress | None
     prefix = Path(config.corpus.path).expanduser()
     reader = IndexedReader(prefix)
     files = (bin_path(prefix), idx_path(prefix))
-    path = cache_dir / f"megatron-{_key('megatron', '', _states(files), '')}.json"
+    path = cache_dir / f"megatron-{_key('megatron', '', states(files), '')}.json"
     cached = path.exists()
     if not cached:
-        _write_atomic(path, _scan(reader, progress))
-    return TokenStore("megatron", (str(prefix),), reader, None, _load_summary(path), cached)
+        _write_atomic(path, asdict(_scan(reader, progress)))
+    mapped = (MappedFile(bin_path(prefix)),)
+    summary = _load_summary(path)
+    return TokenStore("megatron", (str(prefix),), reader, None, summary, cached, None, (), mapped)
 
 
-def _build(source: Source, tokenizer: Tokenizer, folder: Path, progress: Progress | None) -> None:
+def _build(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    origin: dict[str, Any],
+    progress: Progress | None,
+) -> None:
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
         _write_store(source, tokenizer, temporary, progress)
+        (_, *state), *_ = states([bin_path(temporary / "tokens")])
+        _write_atomic(temporary / "origin.json", {**origin, "tokens": state})
         sync_folder(temporary)
         # Where the lock does not hold (some network file systems), another process may have been
         # faster; its folder is as good.
@@ -185,7 +246,7 @@ def _write_store(
         np.save(handle, pairs)
         handle.flush()
         os.fsync(handle.fileno())
-    _write_atomic(folder / "summary.json", tally.summary(len(pairs), num_empty))
+    _write_atomic(folder / "summary.json", asdict(tally.summary(len(pairs), num_empty)))
 
 
 class _Tally:
@@ -246,20 +307,8 @@ def _progress_by_file(
     return lambda record: progress(int(starts[record.file]) + record.done_bytes, int(starts[-1]))
 
 
-def _states(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
-    """Absolute path, size and time of change of each file."""
-    states = []
-    for path in files:
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise CorpusError(f"cannot read {path}: {error.strerror}") from None
-        states.append((str(path.absolute()), state.st_size, state.st_mtime_ns))
-    return states
-
-
-def _key(kind: str, field: str, states: list[tuple[str, int, int]], tokenizer: str) -> str:
-    content = json.dumps([_FORMAT, kind, field, states, tokenizer])
+def _key(kind: str, field: str, files: list[State], tokenizer: str) -> str:
+    content = json.dumps([_FORMAT, kind, field, files, tokenizer])
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
@@ -272,10 +321,10 @@ def _load_summary(path: Path) -> Summary:
     return summary
 
 
-def _write_atomic(path: Path, summary: Summary) -> None:
+def _write_atomic(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(asdict(summary), handle, indent=1)
+        json.dump(content, handle, indent=1)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.rename(path)

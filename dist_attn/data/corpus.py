@@ -13,6 +13,7 @@ from dist_attn.config import DataConfig
 from dist_attn.data.cache import Progress, TokenStore, open_store
 from dist_attn.data.indexed import IntArray, TokenArray
 from dist_attn.data.tokenizer import Tokenizer, load_tokenizer
+from dist_attn.data.watch import differences
 from dist_attn.errors import CorpusError
 
 FloatArray = npt.NDArray[np.float32]
@@ -140,6 +141,28 @@ class Corpus:
         )
         return tokens.astype(np.int64)
 
+    @property
+    def cache_folder(self) -> str | None:
+        """The folder of the cache with its tokens; None of a pair that is read in place."""
+        return self._store.folder
+
+    def check(self) -> None:
+        """Look whether the tokens are those that were opened; a few system calls.
+
+        Raises:
+            CorpusError: a file was written to since.
+        """
+        for file in self._store.mapped:
+            file.check()
+
+    def changes(self) -> list[str]:
+        """What happened to files since, that leaves the tokens of this object as they are.
+
+        Looks at every file of the corpus.
+        """
+        lost = [text for file in self._store.mapped if (text := file.lost())]
+        return lost + differences(self._store.sources)
+
     def name(self, index: int) -> str:
         """How messages call a document: its file, line or row, and the piece if it was cut."""
         source, start = int(self._pieces.sources[index]), int(self._pieces.starts[index])
@@ -166,7 +189,10 @@ class Corpus:
 
 
 def open_one_corpus(
-    config: DataConfig, cache_dir: Path, progress: Progress | None = None
+    config: DataConfig,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    begun_with: str | None = None,
 ) -> Corpus:
     """Open the corpus of `config.corpus`, tokenising it first if the cache lacks it.
 
@@ -174,12 +200,14 @@ def open_one_corpus(
         config: the `data` section of a run.
         cache_dir: where tokenised corpora are kept; made if it is not there.
         progress: called with bytes done and bytes in all while tokens are made or checked.
+        begun_with: the `cache_folder` that a run which goes on has begun with; if it is still
+            there, it is used although files may have changed, which `changes` tells.
 
     Raises:
         CorpusError: a path, file, line, token or document is refused; the text names it.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    store = open_store(config, tokenizer, Path(cache_dir), progress)
+    store = open_store(config, tokenizer, Path(cache_dir), progress, begun_with)
     return Corpus(store, tokenizer, config)
 
 

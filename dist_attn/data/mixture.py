@@ -82,6 +82,20 @@ class MixedCorpus:
             tokens[mine] = self._parts[i].gather(documents[mine] - self._firsts[i], positions[mine])
         return tokens
 
+    @property
+    def cache_folder(self) -> str | None:
+        """None: of several sources none is remembered; changed files are read anew, or refused."""
+        return None
+
+    def check(self) -> None:
+        """See `Corpus.check`."""
+        for part in self._parts:
+            part.check()
+
+    def changes(self) -> list[str]:
+        """See `Corpus.changes`."""
+        return [text for part in self._parts for text in part.changes()]
+
     def name(self, index: int) -> str:
         """See `Corpus.name`."""
         i = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -96,19 +110,25 @@ class MixedCorpus:
 AnyCorpus = Corpus | MixedCorpus
 
 
-def open_corpus(config: DataConfig, cache_dir: Path, progress: Progress | None = None) -> AnyCorpus:
+def open_corpus(
+    config: DataConfig,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    begun_with: str | None = None,
+) -> AnyCorpus:
     """Open a corpus, or the several of `config.sources`, tokenising what the cache lacks.
 
     Args:
         config: the `data` section of a run.
         cache_dir: where tokenised corpora are kept; made if it is not there.
         progress: called with bytes done and bytes in all while tokens are made or checked.
+        begun_with: see `open_one_corpus`; not used by several sources.
 
     Raises:
         CorpusError: a path, file, line, token or document is refused; the text names it.
     """
     if not config.sources:
-        return open_one_corpus(config, cache_dir, progress)
+        return open_one_corpus(config, cache_dir, progress, begun_with)
     parts = [
         open_one_corpus(
             config.model_copy(update={"corpus": source.corpus, "sources": []}), cache_dir, progress

@@ -6,6 +6,7 @@ ranks. What makes the gradients those of the whole step is the scale in `backwar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -23,8 +24,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from dist_attn.attention.context import AttentionContext
+from dist_attn.comm.ledger import Ledger, waiting
 from dist_attn.config import Config, OptimizerConfig
 from dist_attn.integrations.engine import Fragment
+from dist_attn.integrations.gradient_probe import GradientProbe
 from dist_attn.integrations.optimizer import make_optimizer, state_keys
 from dist_attn.integrations.rotary import Frequencies
 
@@ -50,15 +54,38 @@ class DeepSpeedEngine:
             config=_deepspeed_config(config, device),
             dist_init_required=False,
         )
+        #: Of the forward pass that runs.
+        self._ledger: Ledger | None = None
+        if self._stage == 3:
+            self._time_fetches()
 
     def forward(self, **inputs: object) -> Tensor:
         """Run the model; see the protocol."""
-        loss: Tensor = self._engine(**inputs)
+        context = inputs.get("attention_context")
+        self._ledger = context.ledger if isinstance(context, AttentionContext) else None
+        probe = inputs.pop("gradient_probe", None)
+        with contextlib.ExitStack() as stack:
+            if isinstance(probe, GradientProbe):
+                embedding = self._engine.module.get_submodule("model.embed_tokens")
+                stack.enter_context(probe.on(embedding))
+            loss: Tensor = self._engine(**inputs)
+        self._ledger = None
         return loss
 
     def set_rotary(self, found: Frequencies) -> None:
         """Rotate by other frequencies; see the protocol."""
         self._engine.module.model.rotary_emb.frequencies = found
+
+    def _time_fetches(self) -> None:
+        """Let gathering a layer's weights count as waiting, in the forward pass."""
+        coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+        fetch = coordinator.fetch_sub_module
+
+        def fetch_and_time(*args: Any, **kwargs: Any) -> None:
+            with waiting(self._ledger):
+                fetch(*args, **kwargs)
+
+        coordinator.fetch_sub_module = fetch_and_time
 
     def backward(self, loss_sum: Tensor, valid_tokens: float, *, last: bool) -> None:
         """Backward of this rank's share of the step's mean loss; see the protocol."""

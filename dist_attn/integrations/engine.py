@@ -58,6 +58,8 @@ class Engine(Protocol):
     def forward(self, **inputs: object) -> Tensor:
         """Sum of the local token losses of one micro-batch.
 
+        `gradient_probe` among the inputs looks at the gradients of its embeddings.
+
         Collective: under ZeRO-3 by all ranks, the same number of times.
         """
 

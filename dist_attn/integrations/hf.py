@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +148,9 @@ def save_for_transformers(
     """
     vocab_size = parameters["model.embed_tokens.weight"].shape[0]
     if config.checkpoint is not None:
-        hf_config = AutoConfig.from_pretrained(config.checkpoint, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(
+            config.checkpoint, local_files_only=True, trust_remote_code=False
+        )
     else:
         hf_config = _llama_config(config, vocab_size)
         hf_config.max_position_embeddings = max_positions
@@ -237,17 +238,23 @@ def _load(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
             f"safetensors files (nothing is downloaded)"
         )
     try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         _check_family(hf_config, folder, vocab_size)
         decoder = AutoModelForCausalLM.from_pretrained(
             folder,
             config=hf_config,
             local_files_only=True,
+            # Weights without pickle, and no code from the folder.
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=ATTENTION_NAME,
             dtype=_DTYPES[config.dtype],
         )
-    except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"model.checkpoint: cannot load {folder}: {error}") from None
     decoder.config.use_cache = False
     return decoder

@@ -7,6 +7,7 @@ its rank's share of the step's mean loss.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import Config
 from dist_attn.integrations.engine import Fragment
+from dist_attn.integrations.gradient_probe import GradientProbe
 from dist_attn.integrations.hf import CausalLM
 from dist_attn.integrations.megatron import PackedContext
 from dist_attn.integrations.megatron_groups import MegatronGroups
@@ -62,18 +64,22 @@ class MegatronEngine:
         """
         context = inputs["attention_context"]
         assert isinstance(context, AttentionContext)
-        loss: Tensor = self._model(
-            inputs["input_ids"],
-            inputs["position_ids"],
-            None,
-            labels=inputs["shift_labels"],
-            loss_mask=inputs.get("loss_weights"),
-            packed_seq_params=PackedContext(
-                position_ids=inputs["position_ids"],  # type: ignore[arg-type]
-                document_tokens=inputs.get("document_tokens"),  # type: ignore[arg-type]
-                attention_context=context,
-            ),
-        )
+        probe = inputs.get("gradient_probe")
+        with contextlib.ExitStack() as stack:
+            if isinstance(probe, GradientProbe):
+                stack.enter_context(probe.on(self._model.get_submodule("embedding")))
+            loss: Tensor = self._model(
+                inputs["input_ids"],
+                inputs["position_ids"],
+                None,
+                labels=inputs["shift_labels"],
+                loss_mask=inputs.get("loss_weights"),
+                packed_seq_params=PackedContext(
+                    position_ids=inputs["position_ids"],  # type: ignore[arg-type]
+                    document_tokens=inputs.get("document_tokens"),  # type: ignore[arg-type]
+                    attention_context=context,
+                ),
+            )
         return loss
 
     def set_rotary(self, found: Frequencies) -> None:

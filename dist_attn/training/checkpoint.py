@@ -5,7 +5,8 @@ A checkpoint is a folder `step-000040` with one safetensors file per rank and a 
     state-00000-of-00004.safetensors   this rank's float32 fragments, keys `<state>|<start>|<name>`,
                                        and its random state
     manifest.json                      step, data position, configuration, where each fragment of
-                                       each parameter lies, size and sha256 of every file
+                                       each parameter lies, size and sha256 of every file and of
+                                       the manifest itself
 
 A fragment is a part of a parameter (see `Fragment`), so that a reader takes the elements it needs
 from whichever files hold them: no gathering when written, no conversion when the number of ranks,
@@ -15,8 +16,6 @@ another name and renamed when every byte of it is on disk. Nothing that is read 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import random
@@ -33,31 +32,19 @@ from safetensors.torch import save_file
 
 from dist_attn.errors import CheckpointError
 from dist_attn.integrations.engine import Engine, Fragment
+from dist_attn.training.checkpoint_files import (
+    LATEST,
+    TrainState,
+    completed,
+    read_manifest,
+    sha256,
+    step_of,
+    sync,
+    verify,
+    write_manifest,
+)
 from dist_attn.training.regions import Region, overlap, regions
 from dist_attn.training.runtime import Runtime
-
-VERSION = 2
-MANIFEST = "manifest.json"
-LATEST = "latest"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What a run is at, besides its weights."""
-
-    #: Optimizer steps done.
-    step: int
-    #: The sampler's position of the next batch.
-    epoch: int
-    offset: int
-    #: Tokens trained so far.
-    tokens: int
-    #: The resolved configuration as plain data, the corpus's fingerprint among it.
-    identity: dict[str, Any]
-    #: Steps that were left out because their gradients were not finite.
-    skipped: int = 0
-    #: The stage of the last step done.
-    stage: int = 0
 
 
 def save_checkpoint(
@@ -101,8 +88,8 @@ def _write(partial: Path, final: Path, engine: Engine, state: TrainState, runtim
             for key, tensor in f.tensors.items()
         }
         save_file(tensors | _random_state(runtime), partial / name)
-        _sync(partial / name)
-        written = {"file": name, "sha256": _sha256(partial / name)}
+        sync(partial / name)
+        written = {"file": name, "sha256": sha256(partial / name)}
         written["bytes"] = (partial / name).stat().st_size
         written["fragments"] = [(f.name, f.start, f.numel, f.run) for f in fragments]
     shapes = {f.name: f.shape for f in fragments}
@@ -112,50 +99,11 @@ def _write(partial: Path, final: Path, engine: Engine, state: TrainState, runtim
             _finish(partial, final, state, files)
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether any checkpoint was completed there."""
-    return (folder / LATEST).is_file()
-
-
-def find_checkpoint(folder: Path, wanted: str) -> Path:
-    """The checkpoint to resume from: `latest`, or the path or name of one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if wanted != "latest":
-        for path in (Path(wanted), folder / wanted):
-            if (path / MANIFEST).is_file():
-                return path
-        raise CheckpointError(
-            f"--resume {wanted}: no checkpoint there ({MANIFEST} is missing); {_choices(folder)}"
-        )
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        raise CheckpointError(
-            f"--resume: {folder} holds no checkpoint yet; start without --resume, or name the run "
-            f"folder with --set run.dir=..."
-        )
-    path = folder / pointer.read_text(encoding="utf-8").strip()
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{pointer} names {path.name}, which is gone; {_choices(folder)}")
-    return path
-
-
-def read_state(path: Path) -> TrainState:
-    """Read and check a checkpoint's manifest.
-
-    Raises:
-        CheckpointError: it is damaged or of another version.
-    """
-    manifest = _read_manifest(path)
-    return TrainState(**manifest["state"])
-
-
-def load_checkpoint(path: Path, engine: Engine, runtime: Runtime) -> None:
+def load_checkpoint(path: Path, engine: Engine, runtime: Runtime, *, checked: bool = False) -> None:
     """Check every file, then fill the engine's fragments and the random state.
 
-    Nothing of the engine is changed unless every file is whole.
+    Nothing of the engine is changed unless every file is whole. What `choose_checkpoint` has
+    `checked` is not read twice.
 
     Collective: by all ranks.
 
@@ -164,8 +112,9 @@ def load_checkpoint(path: Path, engine: Engine, runtime: Runtime) -> None:
             does not fit.
     """
     with runtime.together():
-        manifest = _read_manifest(path)
-        _verify(path, manifest, runtime)
+        manifest = read_manifest(path)
+        if not checked:
+            verify(path, manifest, runtime)
     fragments = engine.fragments()
     with runtime.together():
         _check_parameters(path, manifest, fragments)
@@ -183,8 +132,8 @@ def read_parameters(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    manifest = _read_manifest(path)
-    _verify(path, manifest, Runtime(0, 1, 0, 1, torch.device("cpu")))
+    manifest = read_manifest(path)
+    verify(path, manifest, Runtime(0, 1, 0, 1, torch.device("cpu")))
     fragments = [
         Fragment(name, tuple(shape), 0, {"param": torch.empty(math.prod(shape))}, owned=False)
         for name, shape in manifest["shapes"].items()
@@ -211,68 +160,29 @@ class _Writing:
 
 def _finish(partial: Path, final: Path, state: TrainState, files: list[Any]) -> None:
     manifest = {
-        "version": VERSION,
         "state": vars(state),
         "world_size": len(files),
         "files": [written for written, _ in files],
         "shapes": {name: shape for _, shapes in files for name, shape in shapes.items()},
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    write_manifest(partial, manifest)
+    sync(partial)
     if final.exists():
         # Resumed from before this step: the new one takes the old one's place.
         shutil.rmtree(final)
     os.rename(partial, final)
     temporary = final.parent / f".{LATEST}"
     temporary.write_text(final.name + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, final.parent / LATEST)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _prune(folder: Path, keep: int) -> None:
-    latest = (folder / LATEST).read_text(encoding="utf-8").strip()
-    older = [p for p in sorted(folder.glob("step-*")) if p.name < latest]
-    for path in older[: max(0, len(older) - (keep - 1))]:
+    latest = Path((folder / LATEST).read_text(encoding="utf-8").strip())
+    older = [p for p in completed(folder) if step_of(p) < step_of(latest)]
+    for path in older[keep - 1 :]:
         shutil.rmtree(path)
-
-
-def _choices(folder: Path) -> str:
-    names = sorted(p.name for p in folder.glob("step-*") if (p / MANIFEST).is_file())
-    return f"whole ones in {folder}: {', '.join(names) or 'none'}"
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / MANIFEST} cannot be read ({error}); {_choices(path.parent)}"
-        ) from None
-    if version != VERSION:
-        raise CheckpointError(
-            f"{path} is of checkpoint version {version}; this program reads version {VERSION}"
-        )
-    return dict(manifest)
-
-
-def _verify(path: Path, manifest: dict[str, Any], runtime: Runtime) -> None:
-    """Each rank checks its share of the files against the manifest."""
-    for entry in manifest["files"][runtime.rank :: runtime.world_size]:
-        file = path / entry["file"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
-            what = "is missing" if size is None else f"has {size} of {entry['bytes']} bytes"
-        elif _sha256(file) != entry["sha256"]:
-            what = "has another content than was written (sha256)"
-        else:
-            continue
-        raise CheckpointError(
-            f"checkpoint file {file} {what}; resume from another by --resume NAME; "
-            f"{_choices(path.parent)}"
-        )
 
 
 def _check_parameters(path: Path, manifest: dict[str, Any], fragments: list[Fragment]) -> None:
@@ -360,16 +270,3 @@ def _restore_random_state(file: Path, runtime: Runtime) -> None:
         np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002
         if runtime.device.type == "cuda" and "random|cuda" in list(reader.keys()):
             torch.cuda.set_rng_state(reader.get_tensor("random|cuda"), runtime.device)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

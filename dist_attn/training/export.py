@@ -9,7 +9,8 @@ from dist_attn.config import load_config
 from dist_attn.errors import CheckpointError, ConfigError
 from dist_attn.integrations.hf import save_for_transformers
 from dist_attn.integrations.lora import save_adapters
-from dist_attn.training.checkpoint import find_checkpoint, read_parameters, read_state
+from dist_attn.training.checkpoint import read_parameters
+from dist_attn.training.checkpoint_files import find_checkpoint, read_state
 from dist_attn.training.run_folder import RunFolder
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -31,13 +34,15 @@ def ranks_per_node(asked: int | None) -> int:
     return torch.cuda.device_count() or DEFAULT_CPU_RANKS
 
 
-def launch(arguments: Sequence[str], num_ranks: int, node: NodePlace | None = None) -> int:
+def launch(
+    arguments: Sequence[str], num_ranks: int, patience_s: float, node: NodePlace | None = None
+) -> int:
     """Run `dist-attn` with these arguments in `num_ranks` ranks of this machine.
 
     The ranks are torchrun's, on a free port of the loopback interface, or with those of other nodes
     at the place that `node` names. Unlike torchrun itself, it passes stop signals on to the ranks
-    and waits for as long as they need, and an exit code that a rank chose stays that code, with the
-    rank's one message.
+    and waits for as long as they need, an exit code that a rank chose stays that code, with the
+    rank's one message, and a rank that is still there `patience_s` after others ended is ended.
 
     Returns:
         The exit code of the first rank that failed, 128 + the signal that ended it, or 0.
@@ -45,19 +50,31 @@ def launch(arguments: Sequence[str], num_ranks: int, node: NodePlace | None = No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from dist_attn.training.rendezvous import BACKEND, LOOPBACK, register
+
     # What elastic reports in a page, this reports in a line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    options = ["--standalone"]
-    if node is not None:
-        options = ["--nnodes", str(node.num_nodes), "--node-rank", str(node.node_rank)]
-        options += ["--master-addr", node.master_addr, "--master-port", str(node.master_port)]
-    options += ["--nproc-per-node", str(num_ranks), "--module", "dist_attn.cli"]
+    if node is None:
+        node = NodePlace(0, 1, LOOPBACK, 0)
+        # Where gloo would else listen at the address of the machine's name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    register()
+    options = [
+        "--rdzv-backend",
+        BACKEND,
+        "--rdzv-endpoint",
+        f"{node.master_addr}:{node.master_port}",
+    ]
+    options += ["--rdzv-conf", f"rank={node.node_rank},timeout={patience_s:g}"]
+    options += ["--nnodes", str(node.num_nodes), "--nproc-per-node", str(num_ranks)]
+    options += ["--module", "dist_attn.cli"]
     parsed = parse_args([*options, *arguments])
     # The others are passed on by `_pass_on`; elastic itself would kill the ranks 30 s later.
     parsed.signals_to_handle = "SIGINT"
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
+    threading.Thread(target=_end_the_last, args=(num_ranks, patience_s), daemon=True).start()
     try:
         run(parsed)
     except ChildFailedError as error:
@@ -84,8 +101,34 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)
 
 
+def _end_the_last(num_ranks: int, patience_s: float) -> None:
+    """End ranks that stay although others of this node are gone: stopped, or stuck in their end.
+
+    Ranks that fail are not waited for: torch's agent ends the others itself.
+    """
+    complete, since = False, None
+    while True:
+        time.sleep(min(1.0, patience_s / 4))
+        ranks = [p for p in psutil.Process().children() if _is_rank(p)]
+        complete = complete or len(ranks) == num_ranks
+        if not complete or not 0 < len(ranks) < num_ranks:
+            since = None
+            continue
+        since = since or time.monotonic()
+        if time.monotonic() - since < patience_s:
+            continue
+        for process in ranks:
+            with contextlib.suppress(psutil.Error):
+                logger.error(
+                    "rank %s (process %d, %s) is still there %g s after others ended; it is ended",
+                    process.environ()["RANK"], process.pid, process.status(), patience_s,
+                )  # fmt: skip
+                process.kill()
+        since = None
+
+
 def _is_rank(process: psutil.Process) -> bool:
     try:
-        return "LOCAL_RANK" in process.environ()
+        return process.status() != psutil.STATUS_ZOMBIE and "LOCAL_RANK" in process.environ()
     except psutil.Error:
         return False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from dist_attn.config import Config, EngineConfig
 from dist_attn.data import SamplerPosition
@@ -23,14 +22,9 @@ from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
-from dist_attn.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    has_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
+from dist_attn.training.checkpoint_files import TrainState, choose_checkpoint, has_checkpoint
+from dist_attn.training.corpus_guard import CorpusGuard
 from dist_attn.training.metrics import (
     Reporter,
     StepMetrics,
@@ -41,13 +35,14 @@ from dist_attn.training.metrics import (
 from dist_attn.training.nonfinite import NonFinitePolicy
 from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
-from dist_attn.training.runtime import Runtime, choose_device, start_runtime
+from dist_attn.training.runtime import Runtime, choose_device, joined
 from dist_attn.training.schedule import learning_rate
 from dist_attn.training.setup import check_identity, check_steps_left, run_identity
+from dist_attn.training.slow_ranks import SlowRanks
 from dist_attn.training.stages import Stage, Stages, open_stages
 from dist_attn.training.step import StepResult, StepRunner
 from dist_attn.training.stop import StopRequest
-from dist_attn.training.watchdog import Mark, watching
+from dist_attn.training.watchdog import SETUP, Mark, no_mark
 
 logger = logging.getLogger(__name__)
 
@@ -83,51 +78,59 @@ def train(config: Config, resume: str | None = None) -> None:
     """
     with StopRequest() as stop:
         config = config.on(choose_device(config.run.device, 0).type)
-        runtime = start_runtime(config.run)
-        try:
-            run_training(config, resume, runtime, stop)
-        finally:
-            dist.destroy_process_group()
+        with joined(config.run) as (runtime, mark):
+            run_training(config, resume, runtime, stop, mark)
 
 
 def run_training(
-    config: Config, resume: str | None, runtime: Runtime, stop: StopRequest | None = None
+    config: Config,
+    resume: str | None,
+    runtime: Runtime,
+    stop: StopRequest | None = None,
+    mark: Mark = no_mark,
 ) -> None:
     """Run or continue the training on a process group that exists; see `train`."""
     folder = RunFolder(Path(config.run.dir))
-    begun = False
-    if resume == RESUME_IF_BEGUN:
+    begun, auto = False, resume == RESUME_IF_BEGUN
+    checkpoint = saved = None
+    if auto:
         begun, resume = runtime.broadcast(_what_is_there(folder))
-        if resume and _is_done(folder, config, runtime):
+    mark(SETUP, "choosing a checkpoint")
+    if resume is not None:
+        checkpoint, saved = choose_checkpoint(folder.checkpoints, resume, runtime)
+        if auto and saved.step >= config.run.steps:
+            if runtime.is_main:
+                logger.info("%s: all of run.steps (%d) are done", folder.path, config.run.steps)
             return
-    stages = open_stages(config, runtime)
+    mark(SETUP, "reading the corpus")
+    begun_with = runtime.broadcast(folder.begun_with() if resume or begun else None)
+    stages = open_stages(config, runtime, begun_with)
     first = stages.of_step(0)
     state = TrainState(0, 0, 0, 0, run_identity(config, first.corpus))
-    checkpoint = None
     with runtime.together():
-        if resume is None and not begun:
+        if checkpoint is None and not begun:
             folder.check_free()
-        elif resume is not None:
-            checkpoint = find_checkpoint(folder.checkpoints, resume)
-            saved = read_state(checkpoint)
+        if checkpoint is not None and saved is not None:
             check_identity(checkpoint, saved.identity, state.identity)
             check_steps_left(checkpoint, saved.step, config.run.steps)
             state = saved
-    run = _Run(config, runtime, folder, stages, stop or StopRequest())
+    run = _Run(config, runtime, folder, stages, stop or StopRequest(), mark)
     try:
         # The first plan is solved while the model is built.
         run.prepare(state)
+        mark(SETUP, "building the model")
         run.build(state, checkpoint)
+        mark(SETUP, "opening the run folder")
         with runtime.together():
             if runtime.is_main:
                 if checkpoint is None and not begun:
                     folder.create(config)
                 else:
                     folder.reopen(config, state.step)
+                folder.remember(first.corpus.cache_folder)
         with runtime.together():
             folder.check_visible()
-        with watching(runtime, config.run.timeout_s) as mark:
-            run.go(state, mark)
+        run.go(state)
     finally:
         run.close()
 
@@ -136,14 +139,6 @@ def _what_is_there(folder: RunFolder) -> tuple[bool, str | None]:
     """Whether a run began in the folder, and the checkpoint to go on from."""
     there = has_checkpoint(folder.checkpoints)
     return folder.metrics.is_file(), "latest" if there else None
-
-
-def _is_done(folder: RunFolder, config: Config, runtime: Runtime) -> bool:
-    with runtime.together():
-        done = read_state(find_checkpoint(folder.checkpoints, "latest")).step
-    if runtime.is_main and done >= config.run.steps:
-        logger.info("%s: all of run.steps (%d) are done", folder.path, config.run.steps)
-    return done >= config.run.steps
 
 
 class _Run:
@@ -156,7 +151,9 @@ class _Run:
         folder: RunFolder,
         stages: Stages,
         stop: StopRequest,
+        mark: Mark,
     ) -> None:
+        self._mark = mark
         self._config = config
         self._stop = stop
         self._runtime = runtime
@@ -165,13 +162,19 @@ class _Run:
         capacity = 64 * config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
-        self._mark: Mark
         self._engine: Engine | None = None
         self._hf_config: Any
         #: Of the step that is planned next, and of the step that runs; both None before the first.
         self._planned: Stage | None = None
         self._plans: PlanSource | None = None
         self._stage: Stage | None = None
+        self._slow_ranks = SlowRanks(
+            config.run.slow_rank_factor,
+            config.run.slow_rank_steps,
+            runtime.nodes,
+            speaks=runtime.is_main,
+        )
+        self._guard: CorpusGuard
         self._runner: StepRunner
         self._nonfinite: NonFinitePolicy
         #: Memory of the fullest step, measured and predicted.
@@ -198,7 +201,8 @@ class _Run:
         with runtime.together():
             self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self._engine, runtime)
+            self._mark(SETUP, "reading the checkpoint")
+            load_checkpoint(checkpoint, self._engine, runtime, checked=True)
 
     def _position(self, state: TrainState) -> SamplerPosition:
         """Where the next batch begins: at a stage's first step, where that stage begins."""
@@ -237,20 +241,23 @@ class _Run:
         self._nonfinite = NonFinitePolicy(
             self._config.run.nonfinite, stage.corpus.name, speaks=self._runtime.is_main
         )
+        self._guard = CorpusGuard(stage.corpus, speaks=self._runtime.is_main)
+        self._guard.tell()
         if reporter is not None:
             for line in self._stages.describe(stage, resumed=resumed):
                 reporter.say(line)
 
-    def go(self, state: TrainState, mark: Mark) -> None:
+    def go(self, state: TrainState) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
-        self._mark = mark
         steps = self._config.run.steps
         if not self._runtime.is_main:
             self._steps(state, None)
+            self._end(None)
             return
         with Reporter(self._config.logging, self._folder, state.step, steps) as reporter:
             self._introduce(reporter, state)
             self._steps(state, reporter)
+            self._end(reporter)
             reporter.say(self._memory_at_the_end())
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
@@ -287,7 +294,7 @@ class _Run:
             ids, following = stage.sampler.batch(self._position(state))
             self._mark(step, "planning")
             assert self._plans is not None
-            plan, waited_s = self._plans.take(step, _lengths(stage, ids))
+            plan, waited_s = self._plans.take(step, _lengths(stage, ids), partial(_check, reporter))
             if reporter is not None and stage is not before:
                 reporter.say(_memory_statement(stage, plan))
             self._prepare_next(step + 1, following)
@@ -295,6 +302,8 @@ class _Run:
             self._mark(step, "the optimizer")
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
             norm = self._engine.step(lr)
+            if math.isfinite(result.loss) and not math.isfinite(norm):
+                result = replace(result, suspects=self._runner.suspects_of_gradients(ids))
             self._mark(step, "the exchange of metrics")
             reports = self._exchange(time.perf_counter() - begun, result)
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
@@ -320,6 +329,12 @@ class _Run:
         ids, _ = stage.sampler.batch(stage.start if step == stage.first_step else following)
         self._prepare(step, ids)
 
+    def _end(self, reporter: Reporter | None) -> None:
+        """Wait for all ranks, so that their watchdogs look after one that does not come."""
+        self._mark(self._config.run.steps, "the end")
+        with self._runtime.together():
+            _check(reporter)
+
     def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
         memory = memory_gib(self._runtime.device)
         mine = _RankReport(seconds, result, memory, self._stop.signal_name)
@@ -335,6 +350,7 @@ class _Run:
         norm: float,
     ) -> StepMetrics:
         seconds = max(r.seconds for r in reports)
+        slowest, ratio = self._slow_ranks.judge(step, [r.result.work for r in reports])
         # Neighbours that hold one model between them have the same tokens.
         padding = sum(r.result.padding for r in reports[:: self._tensor_parallel_degree])
         tokens = sum(plan.lengths)
@@ -352,6 +368,8 @@ class _Run:
             plan_solve_s=plan.solver.seconds,
             plan_gap=plan.gap,
             imbalance=imbalance([r.result.forward_s for r in reports]),
+            slowest_rank=slowest,
+            slowest_rank_ratio=ratio,
             padding_share=padding / (tokens + padding),
             memory_gib=max(r.memory_gib for r in reports),
             predicted_memory_gib=self._predicted_gib(max(r.result.most_tokens for r in reports)),
@@ -384,6 +402,7 @@ class _Run:
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
         )
+        self._guard.tell()
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
         return path
@@ -402,6 +421,11 @@ def _memory_statement(stage: Stage, plan: Plan) -> str:
         f"{stage.memory.statement(tokens)}; a rank can hold "
         f"{stage.problem.cost.tokens_per_device():,} tokens"
     )
+
+
+def _check(reporter: Reporter | None) -> None:
+    if reporter is not None:
+        reporter.check()
 
 
 def _describe(engine: EngineConfig) -> str:

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dist_attn.errors import ConfigError, NodeError
+from dist_attn.training.rendezvous import serve
 from dist_attn.training.slurm import node_name
 
 #: How long the first rank waits for the others to hear a bad verdict before it goes.
@@ -66,18 +67,16 @@ def _open_store(rank: int, timeout_s: float) -> dist.Store:
     # torchrun's agent often keeps a store there already, over restarts of the ranks.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = rank == 0 and not agent
     try:
-        store = dist.TCPStore(
-            host,
-            port,
-            is_master=rank == 0 and not agent,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=not agent,
-        )
+        if keeps:
+            store = serve(host, port, timeout_s)
+        else:
+            timeout = timedelta(seconds=timeout_s)
+            store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         return dist.PrefixStore(f"attempt-{attempt}", store)
-    except dist.DistError as error:
-        what = "listen" if rank == 0 and not agent else "reach rank 0"
+    except (dist.DistError, OSError) as error:
+        what = "listen" if keeps else "reach rank 0"
         text = str(error).splitlines()[0]
         raise NodeError(
             f"{node_name(os.environ)} could not {what} at {host}:{port} within {timeout_s:g} s "

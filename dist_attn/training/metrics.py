@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from dist_attn.config import LoggingConfig
+from dist_attn.errors import ConfigError
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import figure
@@ -44,6 +46,10 @@ class StepMetrics:
     #: Per micro-batch the slowest rank's forward over the ranks' mean forward, idle ranks included,
     #: weighted by time. The backward is left out: it waits for other ranks' gradients.
     imbalance: float
+    #: Who took longest to compute its share of the work, waits left out, and how much longer than
+    #: the median rank.
+    slowest_rank: int
+    slowest_rank_ratio: float
     #: Padding among the tokens that went through the model.
     padding_share: float
     #: Fullest rank: peak of the CUDA allocator, or resident memory of the process.
@@ -118,6 +124,7 @@ class Reporter:
         self._task = self._progress.add_task(
             "train", total=num_steps, completed=first_step, loss="-"
         )
+        self._failure: str | None = None
         self._writer: Any = None
         if config.tensorboard:
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
@@ -134,22 +141,36 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._lines.close()
-        if self._writer is not None:
-            self._writer.close()
+        # Closing writes what is left; where that fails, `check` or another error has said why.
+        with contextlib.suppress(OSError):
+            self._lines.close()
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
 
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""
         self.console.print(text, markup=False)
 
+    def check(self) -> None:
+        """Raise ConfigError if a step could not be recorded."""
+        if self._failure is not None:
+            raise ConfigError(
+                f"run.dir: cannot write {self._folder.path}: {self._failure}; make room, then "
+                f"--resume goes on from the newest checkpoint"
+            )
+
     def step(self, metrics: StepMetrics, plan: Plan) -> None:
-        """Record one step."""
-        self._lines.write(json.dumps(asdict(metrics)) + "\n")
-        self._lines.flush()
+        """Record one step; what cannot be written is told by the next `check`, on all ranks."""
+        try:
+            self._lines.write(json.dumps(asdict(metrics)) + "\n")
+            self._lines.flush()
+            if self._writer is not None:
+                self._record(metrics, plan)
+        except OSError as error:
+            self._failure = self._failure or str(error)
         self.say(_line(metrics, self._num_steps))
         self._progress.update(self._task, completed=metrics.step + 1, loss=f"{metrics.loss:.4f}")
-        if self._writer is not None:
-            self._record(metrics, plan)
 
     def _record(self, m: StepMetrics, plan: Plan) -> None:
         scalars = {
@@ -162,6 +183,8 @@ class Reporter:
             "time/plan_wait_s": m.plan_wait_s,
             "time/plan_solve_s": m.plan_solve_s,
             "balance/imbalance": m.imbalance,
+            "balance/slowest_rank": m.slowest_rank,
+            "balance/slowest_rank_ratio": m.slowest_rank_ratio,
             "balance/padding_share": m.padding_share,
             "memory/peak_gib": m.memory_gib,
             "memory/predicted_gib": m.predicted_memory_gib,

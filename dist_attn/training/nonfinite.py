@@ -37,7 +37,8 @@ class NonFinitePolicy:
             step: the step.
             loss: its mean loss.
             norm: of its gradient, before clipping.
-            suspects: documents of the groups whose own loss is not finite.
+            suspects: documents of the groups whose own loss is not finite, or at whose tokens the
+                gradient is not.
 
         Raises:
             NonFiniteError: when the run is to stop at such a step, or had too many in a row.
@@ -64,7 +65,10 @@ class NonFinitePolicy:
     def _who(self, suspects: Iterable[int]) -> str:
         documents = sorted(set(suspects))
         if not documents:
-            return "every document's loss is finite"
+            return (
+                "every document's loss is finite, and so is the gradient at every token: it comes "
+                "up where gradients are added"
+            )
         names = ", ".join(self._name(d) for d in documents[:_NAMES_SHOWN])
         more = len(documents) - _NAMES_SHOWN
         return f"it comes from {names}" + (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from dist_attn.errors import PlanError
+from dist_attn.errors import ConfigError, NodeError, PlanError
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.planner.solver_process import SolverProcess
@@ -47,27 +49,53 @@ class PlanSource:
         with shielded():
             self._solver.submit(lengths)
 
-    def take(self, step: int, lengths: tuple[int, ...]) -> tuple[Plan, float]:
+    def take(
+        self, step: int, lengths: tuple[int, ...], check: Callable[[], None] = lambda: None
+    ) -> tuple[Plan, float]:
         """The plan of a step, and the seconds that this rank waited for it.
+
+        Args:
+            step: the step.
+            lengths: of its documents.
+            check: called by every rank first; a UserError of any ends all of them.
 
         Collective: by all ranks; one broadcast of the plan's JSON and one gather of digests.
 
         Raises:
-            PlanError: on every rank, when the batch cannot be planned or a given plan does not fit.
+            UserError: on every rank, when the batch cannot be planned, a given plan does not fit,
+                or it cannot be kept in the run's folder.
+            NodeError: on every rank, naming the ranks that hold another plan than most.
         """
         begun = time.perf_counter()
         text = None
         with self._runtime.together():
+            check()
             if self._runtime.is_main:
                 text = self._take(step, lengths).to_json()
         result = Plan.from_json(self._runtime.broadcast(text), source=f"plan of step {step}")
         digests = self._runtime.gather(result.digest())
-        assert len(set(digests)) == 1, f"ranks hold different plans of step {step}: {digests}"
+        self._compare(step, digests)
         return result, time.perf_counter() - begun
 
     def close(self) -> None:
         """End the solver's process."""
         self._solver.close()
+
+    def _compare(self, step: int, digests: list[str]) -> None:
+        (usual, _), *others = Counter(digests).most_common()
+        if not others:
+            return
+        nodes = self._runtime.nodes or ("this node",) * len(digests)
+        different = [
+            f"rank {rank} on {nodes[rank]} ({digest[:12]})"
+            for rank, digest in enumerate(digests)
+            if digest != usual
+        ]
+        raise NodeError(
+            f"step {step}: {', '.join(different)} received another plan than the other ranks "
+            f"({usual[:12]}), which its memory or network must have changed; no rank began the "
+            f"step. Check the node with `dist-attn preflight`, then --resume"
+        )
 
     def _take(self, step: int, lengths: tuple[int, ...]) -> Plan:
         if self._given is not None:
@@ -79,7 +107,10 @@ class PlanSource:
         assert self._pending.pop(step) == lengths, "a plan was prepared for another batch"
         with shielded():
             result = self._solver.take(lengths)
-        result.save(self._folder / _name(step))
+        try:
+            result.save(self._folder / _name(step))
+        except OSError as error:
+            raise ConfigError(f"run.dir: cannot write {self._folder}: {error}") from None
         return result
 
     def _kept(self, step: int, lengths: tuple[int, ...]) -> Plan | None:

@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from dist_attn.config import ClusterConfig, Config, dump_config
 from dist_attn.errors import NodeError
+from dist_attn.planner.calibration import Calibration
 from dist_attn.planner.cluster import Cluster
 from dist_attn.training.links import clock_offset_s, exchange_bytes_per_s, matmul_tflops
-from dist_attn.training.runtime import Runtime, choose_device, start_runtime
+from dist_attn.training.runtime import Runtime, choose_device, joined
+from dist_attn.training.watchdog import SETUP
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,35 @@ class Findings:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """Bytes per second that links are said to reach, and who says so; None where nobody does."""
+
+    source: str
+    intra_node: float | None
+    inter_node: float | None
+
+    @classmethod
+    def of(cls, config: Config, calibration: Path | None) -> Promise:
+        """What a calibration measured on good nodes, and for the rest the cluster description.
+
+        Raises:
+            ConfigError: the calibration cannot be read.
+        """
+        described = config.cluster if isinstance(config.cluster, ClusterConfig) else None
+        cluster = None if described is None else Cluster.from_config(described)
+        rates: list[float | None] = [None, None]
+        if cluster is not None:
+            rates = [cluster.intra_node.bytes_per_s, cluster.inter_node.bytes_per_s]
+        if calibration is None:
+            return cls("the cluster", *rates)
+        fits = Calibration.load(calibration)
+        for index, fit in enumerate((fits.intra_node, fits.inter_node)):
+            if fit is not None and fit.coefficients[1] > 0:
+                rates[index] = 1 / fit.coefficients[1]
+        return cls(str(calibration), *rates)
+
+
+@dataclass(frozen=True)
 class Complaint:
     """Something wrong with a node."""
 
@@ -76,27 +106,38 @@ class Complaint:
     text: str
 
 
-def preflight(config: Config, limits: Limits) -> None:
+def preflight(config: Config, limits: Limits, calibration: Path | None = None) -> None:
     """Check the nodes of this run; rank 0 prints a table and what is wrong.
 
+    Args:
+        config: of the run.
+        limits: what a node must meet.
+        calibration: a file of `dist-attn calibrate`, whose links are held against what is measured.
+
     Raises:
+        ConfigError: the calibration cannot be read.
         NodeError: on every rank, naming the bad nodes.
 
     Collective: by all ranks; the process group is made from the environment and ended.
     """
     config = config.on(choose_device(config.run.device, 0).type)
-    runtime = start_runtime(config.run)
-    try:
-        check_nodes(config, limits, runtime)
-    finally:
-        dist.destroy_process_group()
+    with joined(config.run) as (runtime, mark):
+        mark(SETUP, "the preflight")
+        check_nodes(config, limits, runtime, calibration)
 
 
-def check_nodes(config: Config, limits: Limits, runtime: Runtime) -> list[Findings]:
+def check_nodes(
+    config: Config, limits: Limits, runtime: Runtime, calibration: Path | None = None
+) -> list[Findings]:
     """Check the nodes on a process group that exists; see `preflight`."""
+    mine = None
+    with runtime.together():
+        if runtime.is_main:
+            mine = Promise.of(config, calibration)
+    promise: Promise = runtime.broadcast(mine)
     everyone: list[Findings] = runtime.gather(_examine(config, runtime))
     described = config.cluster if isinstance(config.cluster, ClusterConfig) else None
-    complaints = judge(everyone, limits, described)
+    complaints = judge(everyone, limits, described, promise)
     if runtime.is_main:
         _show(everyone)
         for complaint in complaints:
@@ -110,7 +151,10 @@ def check_nodes(config: Config, limits: Limits, runtime: Runtime) -> list[Findin
 
 
 def judge(
-    everyone: list[Findings], limits: Limits, described: ClusterConfig | None
+    everyone: list[Findings],
+    limits: Limits,
+    described: ClusterConfig | None,
+    promise: Promise,
 ) -> list[Complaint]:
     """Hold what the ranks found against the limits, the description and each other."""
     complaints = [
@@ -124,7 +168,11 @@ def judge(
         complaints += _outliers(package, everyone, [p.get(package) for p in packages])
     complaints += _slow_devices(everyone)
     if described is not None:
-        complaints += _against_description(everyone, limits, described)
+        misplaced = _against_description(everyone, described)
+        if misplaced and len(everyone) != described.world_size:
+            return list(dict.fromkeys(misplaced))
+        complaints += misplaced
+    complaints += _slow_links(everyone, limits, promise)
     return list(dict.fromkeys(complaints))
 
 
@@ -170,9 +218,7 @@ def _slow_devices(everyone: list[Findings]) -> list[Complaint]:
     return complaints
 
 
-def _against_description(
-    everyone: list[Findings], limits: Limits, described: ClusterConfig
-) -> list[Complaint]:
+def _against_description(everyone: list[Findings], described: ClusterConfig) -> list[Complaint]:
     cluster = Cluster.from_config(described)
     complaints = []
     if cluster.world_size != len(everyone):
@@ -183,16 +229,22 @@ def _against_description(
         if nodes.index(finding.node) != cluster.node_of[rank]:
             text = f"rank {rank} is here, the cluster puts it on node {cluster.node_of[rank]}"
             complaints.append(Complaint(finding.node, text))
-    for what, link, rates in (
-        ("inside the node", cluster.intra_node, [f.intra_node_bytes_per_s for f in everyone]),
-        ("to other nodes", cluster.inter_node, [f.inter_node_bytes_per_s for f in everyone]),
+    return complaints
+
+
+def _slow_links(everyone: list[Findings], limits: Limits, promise: Promise) -> list[Complaint]:
+    complaints = []
+    for what, promised, rates in (
+        ("inside the node", promise.intra_node, [f.intra_node_bytes_per_s for f in everyone]),
+        ("to other nodes", promise.inter_node, [f.inter_node_bytes_per_s for f in everyone]),
     ):
-        wanted = link.bytes_per_s * limits.min_bandwidth_share
+        if promised is None:
+            continue
         for rank, (finding, rate) in enumerate(zip(everyone, rates, strict=True)):
-            if rate is not None and rate < wanted:
+            if rate is not None and rate < promised * limits.min_bandwidth_share:
                 text = (
-                    f"rank {rank} sends {rate / 1e9:.2f} GB/s {what}, the cluster promises "
-                    f"{link.bytes_per_s / 1e9:.2f}"
+                    f"rank {rank} sends {rate / 1e9:.2f} GB/s {what}, {promise.source} promises "
+                    f"{promised / 1e9:.2f}"
                 )
                 complaints.append(Complaint(finding.node, text))
     return complaints

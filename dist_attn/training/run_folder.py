@@ -17,6 +17,7 @@ class RunFolder:
     """Paths of one run.
 
     config.yaml          the resolved configuration
+    corpus.json          the folder of the cache that its tokens come from
     metrics.jsonl        one line per step
     plans/               the plan of each step
     checkpoints/         step-NNNNNN folders and `latest`
@@ -89,6 +90,27 @@ class RunFolder:
             resumed.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"--resume: cannot write {self.path}: {error}") from None
+
+    def begun_with(self) -> str | None:
+        """The folder of the cache that the run's tokens come from, if it was recorded."""
+        try:
+            recorded = json.loads((self.path / "corpus.json").read_text(encoding="utf-8"))
+            return Path(recorded["cache_folder"]).name
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remember(self, cache_folder: str | None) -> None:
+        """Record where in the cache the run's tokens are.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            (self.path / "corpus.json").write_text(
+                json.dumps({"cache_folder": cache_folder}), encoding="utf-8"
+            )
+        except OSError as error:
+            raise ConfigError(f"run.dir: cannot write {self.path}: {error}") from None
 
     def check_visible(self) -> None:
         """Raise ConfigError where a node does not see the folder that rank 0 made."""

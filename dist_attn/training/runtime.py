@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dist_attn.config import RunConfig
 from dist_attn.errors import ConfigError, UserError
 from dist_attn.training.meeting import meet
+from dist_attn.training.watchdog import SETUP, Mark, watching
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,12 @@ class Runtime:
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def start_runtime(config: RunConfig) -> Runtime:
-    """Join the process group that torchrun or SLURM described in the environment.
+@contextmanager
+def joined(config: RunConfig) -> Iterator[tuple[Runtime, Mark]]:
+    """Join the process group that torchrun or SLURM described in the environment, for a block.
+
+    Gives this rank and the function by which it says what it is at: a watchdog ends the process
+    when it does not go on for `timeout_s`.
 
     Raises:
         ConfigError: no such description, or the devices asked for are not there.
@@ -99,16 +104,24 @@ def start_runtime(config: RunConfig) -> Runtime:
     shared = device.type == "cuda" and local_world_size > torch.cuda.device_count()
     backend = "nccl" if device.type == "cuda" and not shared else "gloo"
     store, nodes = meet(rank, world_size, config.timeout_s)
-    # The watchdog, which says more, comes first.
-    timeout = datetime.timedelta(seconds=1.5 * config.timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if shared and rank == 0:
         logger.warning(
             "%d ranks share %d GPUs: communication goes through the host (gloo), for tests only",
             local_world_size,
             torch.cuda.device_count(),
         )
-    return Runtime(rank, world_size, local_rank, local_world_size, device, store, tuple(nodes))
+    runtime = Runtime(rank, world_size, local_rank, local_world_size, device, store, tuple(nodes))
+    # The watchdog, which says more, comes first.
+    timeout = datetime.timedelta(seconds=1.5 * config.timeout_s)
+    with watching(store, rank, runtime.nodes, config.timeout_s) as mark:
+        mark(SETUP, "connecting to the others")
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        try:
+            yield runtime, mark
+        finally:
+            dist.destroy_process_group()
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -30,8 +30,12 @@ _FREE_MODEL_KEYS = (
 )
 
 
-def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> AnyCorpus:
+def open_corpus_on_every_rank(
+    config: Config, runtime: Runtime, begun_with: str | None = None
+) -> AnyCorpus:
     """Open the corpus on rank 0, then once per node, then everywhere: only the first tokenises.
+
+    A run that goes on passes the folder of the cache that it has begun with.
 
     Collective: by all ranks.
 
@@ -44,7 +48,7 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> AnyCorpus:
         mine = 0 if runtime.is_main else 1 if runtime.local_rank == 0 else 2
         with runtime.together():
             if mine == turn:
-                corpus = _open(config, cache, show_progress=runtime.is_main)
+                corpus = _open(config, cache, begun_with, show_progress=runtime.is_main)
     assert corpus is not None
     prints = runtime.gather(corpus.fingerprint)
     different = [r for r, f in enumerate(prints) if f != prints[0]]
@@ -55,16 +59,16 @@ def open_corpus_on_every_rank(config: Config, runtime: Runtime) -> AnyCorpus:
     return corpus
 
 
-def _open(config: Config, cache: Path, *, show_progress: bool) -> AnyCorpus:
+def _open(config: Config, cache: Path, begun_with: str | None, *, show_progress: bool) -> AnyCorpus:
     if not (show_progress and config.logging.progress_bar and sys.stdout.isatty()):
-        return open_corpus(config.data, cache)
+        return open_corpus(config.data, cache, None, begun_with)
     with Progress(transient=True) as progress:
         task = progress.add_task("reading the corpus", total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return open_corpus(config.data, cache, show)
+        return open_corpus(config.data, cache, show, begun_with)
 
 
 def devices_of_ranks(config: Config, runtime: Runtime) -> Cluster:

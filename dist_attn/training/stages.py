@@ -80,8 +80,10 @@ class Stages:
         return lines
 
 
-def open_stages(config: Config, runtime: Runtime) -> Stages:
+def open_stages(config: Config, runtime: Runtime, begun_with: str | None = None) -> Stages:
     """Open what every stage trains on and find where each begins.
+
+    A run that goes on passes the folder of the cache that it has begun with.
 
     Every document of every stage is checked against the memory of the cluster.
 
@@ -95,7 +97,7 @@ def open_stages(config: Config, runtime: Runtime) -> Stages:
     devices = devices_of_ranks(config, runtime)
     for index, entry in enumerate(config.stages or [None]):
         at = config.at_stage(index)
-        corpus = open_corpus_on_every_rank(at, runtime)
+        corpus = open_corpus_on_every_rank(at, runtime, begun_with)
         with runtime.together():
             problem = planning_problem_of(at, devices, corpus.vocab_size)
             check_longest(problem, corpus, at, devices)

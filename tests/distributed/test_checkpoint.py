@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from dist_attn.config import Config, ModelConfig, OptimizerConfig
 from dist_attn.errors import CheckpointError
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
-from dist_attn.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
+from dist_attn.training.checkpoint_files import TrainState, find_checkpoint, read_state
 from dist_attn.training.runtime import Runtime
 from tests.ranks import run_ranks
 
@@ -152,6 +147,9 @@ def damage_and_load(folder: str, kind: str) -> tuple[str, bool]:
             file.unlink()
         elif kind == "manifest":
             (path / "manifest.json").write_text('{"version": 1, "sta')
+        elif kind == "altered manifest":
+            text = (path / "manifest.json").read_text()
+            (path / "manifest.json").write_text(text.replace('"offset": 36', '"offset": 37'))
         elif kind == "version":
             manifest = json.loads((path / "manifest.json").read_text()) | {"version": 99}
             (path / "manifest.json").write_text(json.dumps(manifest))
@@ -173,6 +171,7 @@ def damage_and_load(folder: str, kind: str) -> tuple[str, bool]:
         ("alter", "sha256"),
         ("remove", "is missing"),
         ("manifest", "cannot be read"),
+        ("altered manifest", "sha256"),
         ("version", "version 99"),
     ],
 )

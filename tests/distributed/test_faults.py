@@ -1,76 +1,34 @@
-"""Ranks killed at random moments, a disk that is full, and long runs."""
+"""Disks that are full or read-only, a planner that fails, a plan that differs, and long runs."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import random
 import resource
 import signal
-import threading
-import time
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import torch.distributed as dist
 
-from dist_attn.config import load_config
-from dist_attn.errors import UserError
 from dist_attn.groups import GroupPool
-from dist_attn.training.loop import run_training
+from dist_attn.planner import solver_process
+from dist_attn.planner.plan import Plan
 from dist_attn.training.run_folder import read_metrics
-from dist_attn.training.runtime import Runtime
 from tests.e2e.command import losses, small_config
-from tests.ranks import run_ranks, run_ranks_to_the_end
-
-OVERRIDES = [
-    "planner.max_tokens_per_device=256", "logging.tensorboard=false", "checkpoint.every_steps=3",
-]  # fmt: skip
+from tests.faults import OVERRIDES, at_step, listening, training
+from tests.ranks import run_ranks
 
 
-def training(config: str, overrides: list[str], resume: str | None = None) -> str:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    settings = load_config(config, overrides).on("cpu")
-    try:
-        run_training(settings, resume, Runtime(rank, size, rank, size, torch.device("cpu")))
-    except UserError as error:
-        return str(error)
-    return "done"
-
-
-def seconds_of_training(config: str, overrides: list[str]) -> float:
-    begun = time.monotonic()
-    assert training(config, overrides) == "done"
-    return time.monotonic() - begun
-
-
-def training_with_a_death(config: str, overrides: list[str], rank: int, after_s: float) -> str:
-    """Train; one rank dies at a moment that no line of the program chose."""
-    if dist.get_rank() == rank:
-        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return training(config, overrides, "auto")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kills_at_random_moments_never_change_the_curve(tmp_path: Path) -> None:
-    config = str(small_config(tmp_path))
-    whole = [*OVERRIDES, f"run.dir={tmp_path / 'whole'}"]
-    duration = min(e.value for e in run_ranks_to_the_end(seconds_of_training, 3, config, whole))
-    curve = losses(tmp_path / "whole")
-    moments = random.Random(7)
-    interrupted = 0
-    for trial in range(20):
-        here = [*OVERRIDES, f"run.dir={tmp_path / f'run{trial}'}"]
-        rank, after_s = moments.randrange(3), moments.uniform(0, duration)
-        ends = run_ranks_to_the_end(training_with_a_death, 3, config, here, rank, after_s)
-        interrupted += any(e.killed for e in ends)
-        # Survivors are told by their connections; none of them waits for the end of the test.
-        assert all(e.value or e.error or e.exitcode == -signal.SIGKILL for e in ends)
-        assert run_ranks(training, 3, config, here, "auto") == ["done"] * 3
-        assert losses(tmp_path / f"run{trial}") == curve, (trial, rank, after_s)
-    assert interrupted >= 10
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a run on two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_ranks(training, 2, str(small_config(folder)), OVERRIDES) == ["done"] * 2
+    return losses(folder / "run")
 
 
 def training_on_a_small_disk(config: str, overrides: list[str], limited_rank: int) -> str:
@@ -104,6 +62,128 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
     assert len(read_metrics(run / "metrics.jsonl")) == 6
     assert run_ranks(training, 2, config, long, "latest") == ["done"] * 2
     assert run_ranks(training, 2, config, [*long, f"run.dir={tmp_path / 'whole'}"]) == ["done"] * 2
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def training_until_nothing_can_be_recorded(config: str, overrides: list[str]) -> str:
+    """Train; after four steps, rank 0's files may not grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (Path(config).parent / "run" / "metrics.jsonl").stat
+
+    def limit() -> None:
+        if dist.get_rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size().st_size + 10, before[1]))
+
+    try:
+        with at_step(4, limit):
+            return training(config, overrides)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
+def test_a_full_disk_that_the_metrics_meet_first(tmp_path: Path, curve: list[float]) -> None:
+    config, run = str(small_config(tmp_path)), tmp_path / "run"
+    ends = run_ranks(training_until_nothing_can_be_recorded, 2, config, OVERRIDES)
+    assert ends[0] == ends[1]
+    assert f"run.dir: cannot write {run}" in ends[0]
+    assert "File too large" in ends[0]
+    assert len(read_metrics(run / "metrics.jsonl")) == 3
+    assert run_ranks(training, 2, config, OVERRIDES, "latest") == ["done"] * 2
+    assert losses(run) == curve
+
+
+def without_override() -> None:
+    """Make file modes count in this thread also where it is root's: drop CAP_DAC_OVERRIDE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    content = ctypes.create_string_buffer(24)
+    assert libc.capget(header, content) == 0, os.strerror(ctypes.get_errno())
+    effective, *rest = struct.unpack("<6I", content.raw)
+    kept = effective & ~(1 << 1)  # CAP_DAC_OVERRIDE
+    assert libc.capset(header, struct.pack("<6I", kept, *rest)) == 0
+
+
+def training_into_a_read_only_folder(config: str, overrides: list[str]) -> str:
+    """Train; after four steps, the folder of the checkpoints can be read but not written."""
+    checkpoints = Path(config).parent / "run" / "checkpoints"
+
+    def protect() -> None:
+        without_override()
+        dist.barrier()
+        checkpoints.chmod(0o555)
+
+    with at_step(5, protect):
+        return training(config, overrides)
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_ends_the_run_and_leaves_the_checkpoints_before(
+    tmp_path: Path, curve: list[float]
+) -> None:
+    config, run = str(small_config(tmp_path)), tmp_path / "run"
+    ends = run_ranks(training_into_a_read_only_folder, 2, config, OVERRIDES, fresh=True)
+    assert ends[0] == ends[1]
+    assert "cannot write checkpoint" in ends[0]
+    assert "Permission denied" in ends[0]
+    assert "step-000006" in ends[0]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-000003"]
+    (run / "checkpoints").chmod(0o755)
+    assert run_ranks(training, 2, config, OVERRIDES, "latest") == ["done"] * 2
+    assert losses(run) == curve
+
+
+def training_while_the_planner_fails(config: str, overrides: list[str], number: int) -> str:
+    """Train; rank 0's planner gets a signal in the fourth step."""
+
+    def strike() -> None:
+        for child in psutil.Process().children():
+            if "dist_attn.planner.solver_process" in child.cmdline():
+                child.send_signal(number)
+
+    with at_step(4, strike), listening(solver_process.logger) as said:
+        return " ".join([training(config, overrides), *said])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["crash", "hang"])
+def test_a_planner_that_fails_once_changes_nothing(
+    tmp_path: Path, number: int, curve: list[float]
+) -> None:
+    config = str(small_config(tmp_path))
+    patient = [*OVERRIDES, "planner.give_up_s=4"]
+    ends = run_ranks(training_while_the_planner_fails, 2, config, patient, number)
+    assert ends[0].startswith("done the planner ")
+    assert "it is started again" in ends[0]
+    assert ends[1] == "done"
+    assert losses(tmp_path / "run") == curve
+
+
+def training_with_another_plan(config: str, overrides: list[str]) -> str:
+    """Train; what rank 1 received as the plan of the fifth step is not what the others did."""
+    digest = Plan.digest
+    with pytest.MonkeyPatch.context() as patch:
+
+        def changed(self: Plan) -> str:
+            there = (Path(config).parent / "run" / "metrics.jsonl").read_text().count("\n")
+            other = dist.get_rank() == 1 and there == 4
+            return digest(replace(self, world_size=9) if other else self)
+
+        patch.setattr(Plan, "digest", changed)
+        return training(config, overrides)
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_plan_is_named(tmp_path: Path) -> None:
+    config, run = str(small_config(tmp_path)), tmp_path / "run"
+    ends = run_ranks(training_with_another_plan, 3, config, OVERRIDES)
+    assert ends[0] == ends[1] == ends[2]
+    assert ends[0].startswith("step 4: rank 1 on n1 (")
+    assert "another plan than the other ranks" in ends[0]
+    assert len(read_metrics(run / "metrics.jsonl")) == 4
+    assert run_ranks(training, 3, config, OVERRIDES, "latest") == ["done"] * 3
+    whole = [*OVERRIDES, f"run.dir={tmp_path / 'whole'}"]
+    assert run_ranks(training, 3, config, whole) == ["done"] * 3
     assert losses(run) == losses(tmp_path / "whole")
 
 

@@ -16,7 +16,8 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.hf import build_model
 from dist_attn.integrations.megatron_engine import MegatronEngine
 from dist_attn.integrations.megatron_shards import DistributedOptimizer
-from dist_attn.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
+from dist_attn.training.checkpoint_files import TrainState
 from dist_attn.training.regions import regions
 from dist_attn.training.step import StepRunner
 from tests.distributed.test_megatron import config_of, documents_of, make_plan, runtime_here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dist_attn.config import load_config
+from dist_attn.data import LocalBatch
 from dist_attn.errors import UserError
+from dist_attn.integrations import hf, megatron_loss
 from dist_attn.training.loop import run_training
 from dist_attn.training.run_folder import read_metrics
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.step import StepRunner
+from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 from tests.e2e.command import losses, small_config
 from tests.ranks import run_ranks
 
@@ -53,6 +57,64 @@ def training(
         except UserError as error:
             return str(error)
     return "done"
+
+
+class _BadGradient(torch.autograd.Function):
+    """Passes on what it gets; the gradient of some tokens becomes NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(bad)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (bad,) = ctx.saved_tensors
+        return gradient.masked_fill(bad[:, None], float("nan")), None
+
+
+def training_with_a_bad_document(config: str, overrides: list[str]) -> str:
+    """Train; wherever a document has a `Q`, the gradient of that token's last state is NaN."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    settings = load_config(config, overrides).on("cpu")
+    forward, from_states = StepRunner._forward, linear_cross_entropy
+    tokens = [torch.zeros(0)]
+
+    def seen(self: StepRunner, batch: LocalBatch, *rest: Any) -> torch.Tensor:
+        tokens[0] = batch.input_ids.flatten()
+        return forward(self, batch, *rest)
+
+    def poisoned(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return from_states(_BadGradient.apply(hidden, tokens[0] == ord("Q")), *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepRunner, "_forward", seen)
+        patch.setattr(hf, "linear_cross_entropy", poisoned)
+        patch.setattr(megatron_loss, "linear_cross_entropy", poisoned)
+        try:
+            run_training(settings, None, Runtime(rank, size, rank, size, torch.device("cpu")))
+        except UserError as error:
+            return str(error)
+    return "done"
+
+
+@pytest.mark.parametrize(
+    "engine", ["{zero_stage: 2}", pytest.param("{name: megatron}", marks=pytest.mark.slow)]
+)
+def test_a_gradient_that_is_not_finite_names_its_document(tmp_path: Path, engine: str) -> None:
+    config, run = str(small_config(tmp_path)), tmp_path / "run"
+    bad = tmp_path / "texts" / "31.txt"
+    bad.write_text(bad.read_text() + " Q")
+    overrides = [*OVERRIDES, "run.steps=14", f"engine={engine}"]
+    ends = run_ranks(training_with_a_bad_document, 2, config, overrides)
+    assert ends[0] == ends[1]
+    assert "the gradient's norm nan; it comes from" in ends[0]
+    named = set(re.findall(r"\d\d\.txt", ends[0]))
+    # Itself, and at most a neighbour in its group's stream.
+    assert "31.txt" in named
+    assert len(named) <= 2
+    steps = len(read_metrics(run / "metrics.jsonl"))
+    assert f"step {steps}: the loss is " in ends[0]
 
 
 def state_after(run: Path, steps: int) -> dict[str, torch.Tensor]:

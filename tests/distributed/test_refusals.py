@@ -137,14 +137,16 @@ def test_a_run_is_not_written_over_and_resumes_only_as_itself(tmp_path: Path) ->
     assert everything_in(tmp_path / "run") == before
     assert not (tmp_path / "new").exists()
 
+    # A checkpoint that is named is that one or none; so is the only one.
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
     file = next(checkpoint.glob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     damaged = everything_in(tmp_path / "run")
-    text = refused(config, [], "latest")
-    assert file.name in text
-    assert "bytes" in text
+    for resume in ("step-000004", "latest", "auto"):
+        text = refused(config, [], resume)
+        assert file.name in text
+        assert "bytes" in text
     assert everything_in(tmp_path / "run") == damaged
     file.write_bytes(whole)
     assert run_ranks(attempt, 2, str(config), ["run.steps=6"], "latest") == ["done", "done"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_attn.training.stop import StopRequest
 from dist_attn.training.watchdog import Beat, Watchdog, describe
 from tests.ranks import run_ranks, run_ranks_to_the_end
 
@@ -85,12 +88,40 @@ def test_a_run_that_moves_is_left_alone() -> None:
     assert run_ranks(slow_but_moving, 3) == [[], [], []]
 
 
+def told_to_stop(log: str) -> bool:
+    """Rank 1 gets SIGTERM while it stands in a collective that rank 0 comes to late."""
+    rank = dist.get_rank()
+    with Path(f"{log}{rank}").open("w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", file)
+        with (
+            StopRequest() as stop,
+            Watchdog(shared_store(), rank, ("n1", "n2"), 10.0, None, 0.2) as watchdog,
+        ):
+            watchdog.mark(7, "backward")
+            if rank == 0:
+                time.sleep(2.5)
+            else:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            dist.all_reduce(torch.ones(1))
+            return stop.signal_name == "SIGTERM"
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_stop_shows_its_stacks(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run_ranks(told_to_stop, 2, str(log), fresh=True) == [False, True]
+    text = Path(f"{log}1").read_text()
+    assert "stacks of this rank" in text
+    assert "in told_to_stop" in text
+    assert Path(f"{log}0").read_text() == ""
+
+
 def test_the_rank_that_is_behind_is_named() -> None:
     waits, moved = Beat(9, 22, 5, "planning", 30.0), Beat(10, 22, 5, "planning", 31.0)
     behind = [Beat(n, 21, 4, "the optimizer", 20.0 + n) for n in (9, 10)]
     text = describe([waits, waits, behind[0]], [moved, moved, behind[1]], NODES)
     assert "behind the others: rank 2 on n2, in the optimizer of step 4 for 30 s" in text
     text = describe([waits, None, waits], [moved, None, moved], NODES)
-    assert text == "rank 1 on n1 gives no sign of life, last seen before its first step"
+    assert text == "rank 1 on n1 gives no sign of life, last seen before the run began"
     text = describe([waits] * 3, [moved] * 3, NODES)
     assert "in the same place, in planning of step 5 for 31 s" in text

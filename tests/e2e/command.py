@@ -60,6 +60,8 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # The mask of somebody who does not care; what a run leaves must be safe all the same.
+        umask=0,
     )
 
 

@@ -22,6 +22,7 @@ def killed_in_mid_step(config: Path, run_folder: Path, after_steps: int) -> tupl
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+    assert listens_at(process.pid) == {"127.0.0.1"}
     ranks = [
         child
         for child in psutil.Process(process.pid).children(recursive=False)
@@ -33,6 +34,17 @@ def killed_in_mid_step(config: Path, run_folder: Path, after_steps: int) -> tupl
     return process.returncode, err
 
 
+def listens_at(pid: int) -> set[str]:
+    """Addresses at which a launcher, its ranks and what they started accept connections."""
+    parent = psutil.Process(pid)
+    return {
+        connection.laddr.ip
+        for process in (parent, *parent.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
 def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     whole = tmp_path / "whole"
@@ -42,6 +54,9 @@ def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None
     code, err = killed_in_mid_step(config, tmp_path / "run", after_steps=6)
     assert code == 137
     assert re.search(r"rank 1 .* was ended by SIGKILL", err)
+    # The others say where they were, with their stacks.
+    assert re.search(r"rank 0 fails in .* of step \d+: .*; last seen were rank 1 on", err)
+    assert "Traceback" in err
     before = losses(tmp_path / "run")
     assert 6 <= len(before) < 12
 
@@ -51,6 +66,9 @@ def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None
     # Bit for bit, the steps before the kill and those after.
     assert losses(tmp_path / "run") == losses(whole)
     assert losses(whole)[: len(before)] == before
+    # Nobody else may write into what is read again.
+    files = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert not [f for f in files if f.stat().st_mode & 0o022]
 
     # On another number of ranks and ZeRO stage from an older checkpoint: equal to rounding.
     three = run(

@@ -135,6 +135,26 @@ def test_damaged_and_missing_checkpoints(tmp_path: Path) -> None:
         build_model(ModelConfig(vocab_size=20, dtype="fp32"), 53, seed=0)
 
 
+@pytest.mark.parametrize("model_type", ["made_up", "llama"])
+def test_code_and_pickles_of_a_checkpoint_are_never_run(tmp_path: Path, model_type: str) -> None:
+    save_checkpoint(tmp_path, LlamaConfig(**SIZES))
+    file, proof = tmp_path / "config.json", tmp_path / "ran"
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    change = {"model_type": model_type, "auto_map": code}
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (tmp_path / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass C: ...\nclass M: ...\n")
+    config = ModelConfig(checkpoint=str(tmp_path), dtype="fp32")
+    if model_type == "llama":
+        build_model(config, 53, seed=0)  # transformers' own code is used
+    else:
+        with pytest.raises(ConfigError, match="cannot load"):
+            build_model(config, 53, seed=0)
+    assert not proof.exists()
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot load"):
+        build_model(config, 53, seed=0)
+
+
 def test_what_attention_cannot_honour_is_refused() -> None:
     register_attention()
     config = LlamaConfig(**SIZES)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dist_attn.config import ClusterConfig, LinkConfig, NodesConfig
-from dist_attn.training.preflight import Findings, Limits, judge
+from dist_attn.config import ClusterConfig, Config, LinkConfig, NodesConfig
+from dist_attn.errors import ConfigError
+from dist_attn.planner.calibration import Calibration, Fit
+from dist_attn.training.preflight import Findings, Limits, Promise, judge
 
 GOOD = Findings(
     node="n1", device="NVIDIA H100", ranks_per_device=1.0, versions=(("torch", "2.13.0"),),
@@ -19,6 +22,8 @@ CLUSTER = ClusterConfig(
     intra_node=LinkConfig(bandwidth_gb_per_s=360.0),
     inter_node=LinkConfig(bandwidth_gb_per_s=45.0),
 )
+PROMISE = Promise.of(Config(cluster=CLUSTER), None)
+NO_PROMISE = Promise.of(Config(), None)
 
 
 def six_ranks(bad: int | None = None, **changes: object) -> list[Findings]:
@@ -29,8 +34,8 @@ def six_ranks(bad: int | None = None, **changes: object) -> list[Findings]:
 
 
 def test_good_nodes_pass() -> None:
-    assert judge(six_ranks(), Limits(), CLUSTER) == []
-    assert judge(six_ranks(), Limits(), None) == []
+    assert judge(six_ranks(), Limits(), CLUSTER, PROMISE) == []
+    assert judge(six_ranks(3, intra_node_bytes_per_s=1.0), Limits(), None, NO_PROMISE) == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +59,7 @@ def test_good_nodes_pass() -> None:
     ],
 )
 def test_the_bad_node_is_named(changes: dict[str, object], words: str) -> None:
-    complaints = judge(six_ranks(3, **changes), Limits(), CLUSTER)
+    complaints = judge(six_ranks(3, **changes), Limits(), CLUSTER, PROMISE)
     assert words in complaints[0].text
     assert complaints[0].node == changes.get("node", "n2")
     if "node" not in changes:
@@ -62,5 +67,21 @@ def test_the_bad_node_is_named(changes: dict[str, object], words: str) -> None:
 
 
 def test_another_number_of_ranks_than_described() -> None:
-    complaints = judge(six_ranks()[:4], Limits(), CLUSTER)
+    complaints = judge(six_ranks()[:4], Limits(), CLUSTER, PROMISE)
     assert "4 ranks came, the cluster describes 6" in complaints[0].text
+
+
+def test_a_calibration_says_more_than_a_description(tmp_path: Path) -> None:
+    file = tmp_path / "h100.yaml"
+    # Inside a node 1 / 2.5e-12 = 400 GB/s; nothing was measured between nodes.
+    fit = Fit((1e-5, 2.5e-12), 0.0, 0.0)
+    Calibration("h100-80gb", Fit((0.0, 1.0, 1.0), 0.0, 0.0), intra_node=fit).save(file)
+    promise = Promise.of(Config(cluster=CLUSTER), file)
+    assert promise == Promise(str(file), pytest.approx(400e9), 45e9)
+    slow = six_ranks(3, intra_node_bytes_per_s=190e9)
+    assert judge(slow, Limits(), CLUSTER, PROMISE) == []
+    (complaint,) = judge(slow, Limits(), None, Promise.of(Config(), file))
+    assert complaint.node == "n2"
+    assert f"190.00 GB/s inside the node, {file} promises 400.00" in complaint.text
+    with pytest.raises(ConfigError, match="cannot read"):
+        Promise.of(Config(), tmp_path / "none.yaml")

@@ -10,7 +10,7 @@ import pytest
 from dist_attn.config import Config, OptimizerConfig, load_config
 from dist_attn.errors import CheckpointError, ConfigError
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
-from dist_attn.training.checkpoint import find_checkpoint
+from dist_attn.training.checkpoint_files import find_checkpoint
 from dist_attn.training.launcher import ranks_per_node
 from dist_attn.training.metrics import describe_groups, imbalance
 from dist_attn.training.run_folder import RunFolder, read_metrics
@@ -87,7 +87,7 @@ def test_identity_names_every_difference() -> None:
 def test_missing_checkpoints_name_the_others(tmp_path: Path) -> None:
     (tmp_path / "step-000002").mkdir()
     (tmp_path / "step-000002" / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"whole ones in .*: step-000002"):
+    with pytest.raises(CheckpointError, match=r"there are in .*: step-000002"):
         find_checkpoint(tmp_path, "step-000009")
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(CheckpointError, match="names step-000007, which is gone"):
