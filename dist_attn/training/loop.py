@@ -29,6 +29,7 @@ from dist_attn.training.metrics import (
     Reporter,
     StepMetrics,
     describe_groups,
+    describe_peaks,
     imbalance,
     memory_gib,
 )
@@ -258,7 +259,7 @@ class _Run:
             self._introduce(reporter, state)
             self._steps(state, reporter)
             self._end(reporter)
-            reporter.say(self._memory_at_the_end())
+            reporter.say(describe_peaks(*self._peaks, self._runtime.device))
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
     def close(self) -> None:
@@ -296,7 +297,7 @@ class _Run:
             assert self._plans is not None
             plan, waited_s = self._plans.take(step, _lengths(stage, ids), partial(_check, reporter))
             if reporter is not None and stage is not before:
-                reporter.say(_memory_statement(stage, plan))
+                reporter.say(stage.memory_statement(plan))
             self._prepare_next(step + 1, following)
             result = self._runner.accumulate(plan, ids, partial(self._mark, step))
             self._mark(step, "the optimizer")
@@ -382,13 +383,6 @@ class _Run:
         assert self._stage is not None
         return self._stage.memory.bytes_at(tokens) / GIB
 
-    def _memory_at_the_end(self) -> str:
-        measured, predicted = self._peaks
-        text = f"peak memory of the fullest rank: {measured:.1f} GiB measured, "
-        if self._runtime.device.type == "cpu":
-            return text + "the whole process; predictions are of a GPU's tensors"
-        return text + f"{predicted:.1f} GiB predicted ({predicted / measured - 1:+.0%})"
-
     def _checkpoint(
         self, state: TrainState, reporter: Reporter | None, *, stopping: bool
     ) -> Path | None:
@@ -410,17 +404,6 @@ class _Run:
 
 def _lengths(stage: Stage, ids: IntArray) -> tuple[int, ...]:
     return tuple(int(n) for n in stage.corpus.lengths[ids])
-
-
-def _memory_statement(stage: Stage, plan: Plan) -> str:
-    """What the fullest rank of a stage's first step is going to hold."""
-    groups = [g for m in plan.micro_batches for g in m.groups]
-    tokens = max(-(-g.tokens // len(g.ranks)) for g in groups)
-    return (
-        f"memory of a rank with {tokens:,} tokens, the most of this step: "
-        f"{stage.memory.statement(tokens)}; a rank can hold "
-        f"{stage.problem.cost.tokens_per_device():,} tokens"
-    )
 
 
 def _check(reporter: Reporter | None) -> None:

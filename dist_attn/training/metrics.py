@@ -99,6 +99,14 @@ def memory_gib(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
+def describe_peaks(measured_gib: float, predicted_gib: float, device: torch.device) -> str:
+    """The memory of a run's fullest step in words."""
+    text = f"peak memory of the fullest rank: {measured_gib:.1f} GiB measured, "
+    if device.type == "cpu":
+        return text + "the whole process; predictions are of a GPU's tensors"
+    return text + f"{predicted_gib:.1f} GiB predicted ({predicted_gib / measured_gib - 1:+.0%})"
+
+
 class Reporter:
     """Writes everything that is shown or recorded; on rank 0 only.
 

@@ -16,6 +16,7 @@ from dist_attn.data import AnyCorpus, BatchSampler, SamplerPosition
 from dist_attn.data.sampler import BoolArray
 from dist_attn.planner.fitting import memory_of, planning_problem_of
 from dist_attn.planner.memory import MemoryModel
+from dist_attn.planner.plan import Plan
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.setup import check_longest, devices_of_ranks, open_corpus_on_every_rank
@@ -43,6 +44,16 @@ class Stage:
     def start(self) -> SamplerPosition:
         """Where its first batch begins."""
         return self.sampler.start
+
+    def memory_statement(self, plan: Plan) -> str:
+        """What the fullest rank of a step is going to hold."""
+        groups = [g for m in plan.micro_batches for g in m.groups]
+        tokens = max(-(-g.tokens // len(g.ranks)) for g in groups)
+        return (
+            f"memory of a rank with {tokens:,} tokens, the most of this step: "
+            f"{self.memory.statement(tokens)}; a rank can hold "
+            f"{self.problem.cost.tokens_per_device():,} tokens"
+        )
 
 
 class Stages:
