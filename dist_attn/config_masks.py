@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+from dist_attn.config_section import NonNegative, Positive, Section
 
 #: The keys that each kind of mask takes; the first ones must be given.
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -17,12 +16,6 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "streaming_heads": (("window_tokens", "dense_heads"), ("sink_tokens",)),
     "window_per_head": (("head_windows",), ("sink_tokens",)),
 }
-
-
-class Section(BaseModel):
-    """A section of a configuration: no unknown keys, no silent conversions, no changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LayerMaskConfig(Section):

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_attn.attention import compiled
-from dist_attn.attention.context import AttentionContext
+from dist_attn.attention.context import AttentionContext, KeptAttention
 from dist_attn.attention.dispatch import Place, choose_strategy, make_call
-from dist_attn.attention.strategy import Call, Strategy
+from dist_attn.attention.strategy import Call, Strategy, forward_once
 from dist_attn.comm.ledger import Ledger
 from dist_attn.errors import PlanError
 from dist_attn.groups import CommGroup
@@ -34,6 +34,7 @@ def attention(  # noqa: PLR0913
     deterministic: bool = False,
     gradient_dtype: torch.dtype | None = None,
     ledger: Ledger | None = None,
+    kept: KeptAttention | None = None,
 ) -> Any:
     """Softmax attention over a stream that the ranks of a group hold together.
 
@@ -54,6 +55,8 @@ def attention(  # noqa: PLR0913
             queries travel as its kernel returns them, and sums over ranks in float32 (float64 for
             float64 inputs). A 16-bit type halves that traffic and rounds at every hop.
         ledger: counts calls and bytes sent.
+        kept: where a layer that is computed twice (checkpointing) keeps its first result, so that
+            the second call neither computes nor communicates; not with a batch.
 
     Returns:
         out like q; with `return_lse` also lse [H, L], the natural logarithm of the softmax's
@@ -73,8 +76,9 @@ def attention(  # noqa: PLR0913
         Parts are merged, and gradients added up, in float32.
     """
     chosen = choose_strategy(strategy, group)
-    place = Place(mask, layout, group, deterministic, gradient_dtype, ledger)
+    place = Place(mask, layout, group, deterministic, gradient_dtype, ledger, kept)
     if q_LHD.ndim == 4:
+        assert kept is None, "one result is kept, of one stream"
         if not len(q_LHD) == len(k_LKD) == len(v_LKD) > 0:
             raise PlanError(
                 f"q, k and v need the same batch of one stream at least, got {len(q_LHD)}, "
@@ -127,6 +131,7 @@ def attend_with_context(
         deterministic=context.deterministic,
         gradient_dtype=context.gradient_dtype,
         ledger=context.ledger,
+        kept=context.kept,
     )
     return F.pad(out, (0, 0, 0, 0, 0, context.num_padding)) if context.num_padding else out
 
@@ -151,7 +156,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, strategy: Strategy, with_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse, residuals = strategy.forward(call, q, k, v, with_lse)
+        out, lse, residuals = forward_once(strategy, call, q, k, v, with_lse)
         ctx.save_for_backward(*residuals)
         ctx.call, ctx.strategy = call, strategy
         if not with_lse:

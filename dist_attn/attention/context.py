@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,6 +15,28 @@ from dist_attn.layout import Layout
 from dist_attn.masks import Mask
 
 _numbers = itertools.count()
+
+
+class KeptAttention:
+    """What one layer's attention gave, from the forward to the layer's recomputation.
+
+    Put into the context of a layer that is checkpointed, it lets the second forward take what the
+    first one computed: neither kernel nor ring runs again. A strategy that deals with some heads at
+    a time keeps a result for each of these parts.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def put(self, heads: tuple[int, ...], out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Keep the result of some heads, apart from the graph that it will belong to."""
+        self._results[heads] = out.detach(), lse.detach()
+
+    def take(self, heads: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What was kept of these heads, once; None in the first forward."""
+        return self._results.pop(heads, None)
+
+
 # A compiled graph carries tensors and numbers only; this is its way back from a number to an
 # object. Contexts leave it when nobody else has them.
 _contexts: WeakValueDictionary[int, AttentionContext] = WeakValueDictionary()
@@ -33,6 +55,7 @@ class AttentionContext:
         num_padding: tokens at the end of this rank's tensors that belong to no document.
         gradient_dtype: in what gradients of keys and values travel, by default float32.
         ledger: counts what is sent.
+        kept: where a checkpointed layer keeps its attention; None to compute it again.
         layers: a context for each layer, with masks of their own; empty where all are alike.
         parts: where the rank works in several groups, the context of each, without padding. Its
             tokens lie part after part; mask, layout, group and strategy are then those of the
@@ -48,6 +71,7 @@ class AttentionContext:
     num_padding: int = 0
     gradient_dtype: torch.dtype | None = None
     ledger: Ledger | None = None
+    kept: KeptAttention | None = None
     layers: tuple[AttentionContext, ...] = ()
     parts: tuple[AttentionContext, ...] = ()
     number: int = field(init=False)
@@ -65,7 +89,11 @@ class AttentionContext:
 
     def of_layer(self, layer: int) -> AttentionContext:
         """Return the context of a layer, counted from 0."""
-        return self.layers[layer] if self.layers else self
+        if not self.layers:
+            return self
+        if self.kept is None:
+            return self.layers[layer]
+        return replace(self.layers[layer], kept=self.kept)
 
 
 def context_of(number: int) -> AttentionContext:

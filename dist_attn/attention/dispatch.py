@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_attn.attention.context import KeptAttention
 from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
@@ -42,6 +43,7 @@ class Place:
     deterministic: bool = False
     gradient_dtype: torch.dtype | None = None
     ledger: Ledger | None = None
+    kept: KeptAttention | None = None
 
 
 def choose_strategy(name: str, group: CommGroup) -> Strategy:
@@ -76,7 +78,7 @@ def make_call(
     kernel = Kernel(backend, scale, place.deterministic)
     if place.gradient_dtype is not None and not place.gradient_dtype.is_floating_point:
         raise PlanError(f"gradient_dtype must be a floating-point type, got {place.gradient_dtype}")
-    return Call(work, place.group, kernel, place.gradient_dtype, place.ledger)
+    return Call(work, place.group, kernel, place.gradient_dtype, place.ledger, place.kept)
 
 
 def explain_kernel(

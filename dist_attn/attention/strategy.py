@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum, accumulation_dtype
+from dist_attn.attention.context import KeptAttention
 from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import LaneName, Transport, open_transport
@@ -30,6 +31,7 @@ class Call:
             those of one rank's queries in the type of the keys, as a kernel returns them, and sums
             of several ranks' in float32.
         ledger: counts what is sent.
+        kept: where a layer that is computed twice keeps its first result.
     """
 
     work: Workload
@@ -37,6 +39,7 @@ class Call:
     kernel: Kernel
     gradient_dtype: torch.dtype | None
     ledger: Ledger | None = None
+    kept: KeptAttention | None = None
 
     def open_transport(self, k: Tensor, *, backward: bool) -> Transport:
         """Prepare the exchanges of keys and values like `k`, and in a backward their gradients'."""
@@ -95,6 +98,24 @@ class KeepsOwn:
     def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
         """See `Strategy`."""
         raise AssertionError("what the caller has is not kept again")
+
+
+def forward_once(
+    strategy: Strategy, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
+) -> tuple[Tensor, Tensor | None, Residuals]:
+    """Forward of a strategy; of one that keeps its own, a second one takes the first one's result.
+
+    Collective: none in the second forward.
+    """
+    if call.kept is None or not strategy.keeps_own:
+        return strategy.forward(call, q, k, v, with_lse)
+    found = call.kept.take(call.work.heads)
+    if found is not None:
+        out, lse = found
+        return out, lse, (q, k, v, out, lse)
+    result = strategy.forward(call, q, k, v, with_lse)
+    call.kept.put(call.work.heads, *result[2][3:])
+    return result
 
 
 class Local(KeepsOwn):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.attention.accumulate import accumulation_dtype, index_of
-from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy
+from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy, forward_once
 from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all, joined
 from dist_attn.comm.copied_all_to_all import copied_all_to_all
@@ -147,7 +147,9 @@ class Ulysses:
             if q_heads.shape[1]:
                 read = _expand(trade.split, trade.node.cp_rank, q.device)
                 tensors = q_heads, _read(k_heads, read), _read(v_heads, read)
-                out_heads, found, residuals = self._across.forward(trade.across, *tensors, with_lse)
+                out_heads, found, residuals = forward_once(
+                    self._across, trade.across, *tensors, with_lse
+                )
                 lse_heads = lse_heads if found is None else found
                 kept += residuals
             gone = [side.run(partial(trade.to_tokens, [out_heads], [trade.split.q]))]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dist_attn.data.corpus import Corpus
 from dist_attn.data.indexed import IntArray
+from dist_attn.data.mixture import AnyCorpus
 from dist_attn.layout import Layout, make_layout
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.plan import Group
@@ -33,6 +33,10 @@ class LocalBatch:
     shift_labels: torch.Tensor
     #: int64 [1, L], restarting at 0 in each document; 0 at padding.
     position_ids: torch.Tensor
+    #: int64 [1, L], the length of each token's document; 1 at padding.
+    document_tokens: torch.Tensor
+    #: float32 [1, L], by which each token's loss counts; None: all alike.
+    loss_weights: torch.Tensor | None
     #: int32 [num_docs + 1], boundaries of the documents in the group's packed stream.
     cu_seqlens: torch.Tensor
     #: Longest document of the group.
@@ -59,11 +63,15 @@ class LocalBatch:
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             shift_labels=self.shift_labels.to(device, non_blocking=non_blocking),
             position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+            document_tokens=self.document_tokens.to(device, non_blocking=non_blocking),
+            loss_weights=None
+            if self.loss_weights is None
+            else self.loss_weights.to(device, non_blocking=non_blocking),
         )
 
 
 def build_local_batch(
-    corpus: Corpus,
+    corpus: AnyCorpus,
     document_ids: Sequence[int] | IntArray,
     group: Group | None,
     *,
@@ -115,6 +123,10 @@ def build_local_batch(
         input_ids=_row(tokens, num_padding, 0),
         shift_labels=_row(labels, num_padding, IGNORE_INDEX),
         position_ids=_row(positions, num_padding, 0),
+        document_tokens=_row(lengths[which], num_padding, 1),
+        loss_weights=None
+        if corpus.loss_weights is None
+        else _row(corpus.loss_weights[documents[which]], num_padding, 0),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
         layout=layout,
@@ -135,11 +147,14 @@ def join_batches(parts: Sequence[LocalBatch], pad_to_multiple: int = 1) -> Local
     def joined(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
         return torch.nn.functional.pad(torch.cat(rows, dim=1), (0, num_padding), value=fill)
 
+    weights = [p.loss_weights for p in parts if p.loss_weights is not None]
     bounds = np.array([0, num_tokens], np.int64)
     return LocalBatch(
         input_ids=joined([p.input_ids for p in parts], 0),
         shift_labels=joined([p.shift_labels for p in parts], IGNORE_INDEX),
         position_ids=joined([p.position_ids for p in parts], 0),
+        document_tokens=joined([p.document_tokens for p in parts], 1),
+        loss_weights=joined(weights, 0) if len(weights) == len(parts) else None,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=max(p.max_seqlen for p in parts),
         layout=make_layout("contiguous", bounds, 1),
@@ -160,5 +175,14 @@ def valid_tokens(lengths: Sequence[int] | IntArray) -> int:
     return int(np.maximum(np.asarray(lengths, np.int64) - 1, 0).sum())
 
 
-def _row(values: IntArray, num_padding: int, fill: int) -> torch.Tensor:
+def valid_weight(corpus: AnyCorpus, document_ids: Sequence[int] | IntArray) -> float:
+    """Predicted tokens of a batch of documents, each by its document's weight."""
+    documents = np.asarray(document_ids, np.int64)
+    predicted = np.maximum(corpus.lengths[documents] - 1, 0)
+    if corpus.loss_weights is None:
+        return float(predicted.sum())
+    return float((predicted * corpus.loss_weights[documents].astype(np.float64)).sum())
+
+
+def _row(values: np.ndarray, num_padding: int, fill: int) -> torch.Tensor:
     return torch.from_numpy(np.pad(values, (0, num_padding), constant_values=fill)[None])

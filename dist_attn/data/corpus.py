@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dist_attn.config import DataConfig
 from dist_attn.data.cache import Progress, TokenStore, open_store
@@ -14,6 +15,8 @@ from dist_attn.data.indexed import IntArray, TokenArray
 from dist_attn.data.tokenizer import Tokenizer, load_tokenizer
 from dist_attn.data.watch import differences
 from dist_attn.errors import CorpusError
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,21 @@ class Corpus:
         if not len(self.lengths):
             raise CorpusError(f"no document is left to train on: {self.report}")
         self.fingerprint = _fingerprint(store, self._pieces)
+        #: By which the loss of each document's tokens counts; None: all alike.
+        self.loss_weights: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def sources(self) -> IntArray:
+        """For each document the stored one that it is, or is a piece of."""
+        return self._pieces.sources
+
+    @property
+    def source_tokens(self) -> IntArray:
+        """Tokens of each stored document."""
+        return np.asarray(self._store.reader.lengths, np.int64)
 
     def document(self, index: int) -> TokenArray:
         """All tokens of a document, a read-only view of the file where possible."""
@@ -173,13 +188,13 @@ class Corpus:
             )
 
 
-def open_corpus(
+def open_one_corpus(
     config: DataConfig,
     cache_dir: Path,
     progress: Progress | None = None,
     begun_with: str | None = None,
 ) -> Corpus:
-    """Open a corpus, tokenising it first if the cache lacks it.
+    """Open the corpus of `config.corpus`, tokenising it first if the cache lacks it.
 
     Args:
         config: the `data` section of a run.

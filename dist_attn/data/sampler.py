@@ -11,12 +11,15 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dist_attn.config import BatchConfig
 from dist_attn.data.indexed import IntArray
 from dist_attn.errors import CorpusError
 
 _EPOCHS_KEPT = 2
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,22 @@ class BatchSampler:
 
     A batch has `config.documents` documents, or takes documents in order until the next one would
     pass `config.tokens`. The last documents of an epoch share a batch with the first of the next.
+
+    Args:
+        lengths: tokens of each document.
+        config: the size of a batch.
+        seed: of the order.
+        shuffle: whether the order differs from that of the corpus.
+        begun: an epoch that was begun elsewhere, with the documents that are not to be dealt in it.
     """
 
     def __init__(
-        self, lengths: IntArray, config: BatchConfig, seed: int, shuffle: bool = True
+        self,
+        lengths: IntArray,
+        config: BatchConfig,
+        seed: int,
+        shuffle: bool = True,
+        begun: tuple[int, BoolArray] | None = None,
     ) -> None:
         self._lengths = np.asarray(lengths, np.int64)
         if not len(self._lengths) or self._lengths.min() < 1:
@@ -57,12 +72,27 @@ class BatchSampler:
         self._config = config
         self._seed = seed
         self._shuffle = shuffle
+        self._begun = begun
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    @property
+    def start(self) -> SamplerPosition:
+        """Where the first batch begins."""
+        if self._begun is None:
+            return SamplerPosition()
+        epoch, used = self._begun
+        return SamplerPosition(epoch + int(used.all()))
+
+    def dealt(self, position: SamplerPosition) -> BoolArray:
+        """Which documents were dealt in the epoch of a position, or left out of it."""
+        found = np.ones(len(self._lengths), bool)
+        found[self._epoch(position.epoch).order[position.offset :]] = False
+        return found
 
     def batch(self, position: SamplerPosition) -> tuple[IntArray, SamplerPosition]:
         """Deal the batch that begins at a position; also returns where the next one begins."""
         epoch, offset = position.epoch, position.offset
-        if epoch < 0 or not 0 <= offset < len(self._lengths):
+        if epoch < self.start.epoch or not 0 <= offset < len(self._epoch(epoch).order):
             raise CorpusError(
                 f"{position} lies outside this corpus of {len(self._lengths)} documents; resume "
                 f"with the corpus that the checkpoint was made with"
@@ -74,7 +104,7 @@ class BatchSampler:
             this = self._epoch(epoch)
             stop, left = self._take(this, offset, left)
             parts.append(this.order[offset:stop])
-            if stop < len(self._lengths):
+            if stop < len(this.order):
                 return np.concatenate(parts), SamplerPosition(epoch, stop)
             epoch, offset = epoch + 1, 0
         return np.concatenate(parts), SamplerPosition(epoch, offset)
@@ -82,7 +112,7 @@ class BatchSampler:
     def _take(self, epoch: _Epoch, offset: int, left: int) -> tuple[int, int]:
         """Return the end of what a budget buys from an offset on, and the budget that remains."""
         if self._config.documents is not None:
-            stop = min(offset + left, len(self._lengths))
+            stop = min(offset + left, len(epoch.order))
             return stop, left - (stop - offset)
         bought = epoch.tokens[offset] + left
         stop = int(np.searchsorted(epoch.tokens, bought, side="right")) - 1
@@ -92,6 +122,8 @@ class BatchSampler:
         if number not in self._epochs:
             count = len(self._lengths)
             order = permutation(count, self._seed, number) if self._shuffle else np.arange(count)
+            if self._begun is not None and number == self._begun[0]:
+                order = order[~self._begun[1][order]]
             tokens = np.concatenate([[0], np.cumsum(self._lengths[order])])
             self._epochs[number] = _Epoch(order, tokens)
             if len(self._epochs) > _EPOCHS_KEPT:

@@ -30,6 +30,7 @@ from dist_attn.config import Config, OptimizerConfig
 from dist_attn.integrations.engine import Fragment
 from dist_attn.integrations.gradient_probe import GradientProbe
 from dist_attn.integrations.optimizer import make_optimizer, state_keys
+from dist_attn.integrations.rotary import Frequencies
 
 
 class DeepSpeedEngine:
@@ -41,9 +42,9 @@ class DeepSpeedEngine:
         self._rank = dist.get_rank()
         self._stage = int(config.engine.zero_stage)
         model.to(device)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._params = dict(model.named_parameters())
+        # Frozen parameters have no state and are in no checkpoint.
+        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
         self._engine, *_ = deepspeed.initialize(
             # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
@@ -71,6 +72,10 @@ class DeepSpeedEngine:
         self._ledger = None
         return loss
 
+    def set_rotary(self, found: Frequencies) -> None:
+        """Rotate by other frequencies; see the protocol."""
+        self._engine.module.model.rotary_emb.frequencies = found
+
     def _time_fetches(self) -> None:
         """Let gathering a layer's weights count as waiting, in the forward pass."""
         coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
@@ -82,7 +87,7 @@ class DeepSpeedEngine:
 
         coordinator.fetch_sub_module = fetch_and_time
 
-    def backward(self, loss_sum: Tensor, valid_tokens: int, *, last: bool) -> None:
+    def backward(self, loss_sum: Tensor, valid_tokens: float, *, last: bool) -> None:
         """Backward of this rank's share of the step's mean loss; see the protocol."""
         # DeepSpeed averages over the ranks; the loss is a sum over them.
         scaled = loss_sum * (self._world_size / valid_tokens)
@@ -226,6 +231,8 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
+        # torch's optimizer runs on the host as well; DeepSpeed's own would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.model.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -236,8 +243,18 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": bucket,
             "contiguous_gradients": True,
             "overlap_comm": device.type == "cuda",
+            **_offload(config, device),
         },
     }
+
+
+def _offload(config: Config, device: torch.device) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    wanted = {
+        "offload_optimizer": config.engine.offload_optimizer,
+        "offload_param": config.engine.offload_parameters,
+    }
+    return {key: host for key, on in wanted.items() if on}
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from dist_attn.config import Config
 
 if TYPE_CHECKING:
     from dist_attn.integrations.hf import CausalLM
+    from dist_attn.integrations.rotary import Frequencies
 
 #: Where each engine lives; only the one that is configured is imported.
 ENGINES = {
@@ -62,8 +63,13 @@ class Engine(Protocol):
         Collective: under ZeRO-3 by all ranks, the same number of times.
         """
 
-    def backward(self, loss_sum: Tensor, valid_tokens: int, *, last: bool) -> None:
+    def set_rotary(self, found: Frequencies) -> None:
+        """Turn queries and keys by other frequencies from the next forward on."""
+
+    def backward(self, loss_sum: Tensor, valid_tokens: float, *, last: bool) -> None:
         """Accumulate the gradients of `loss_sum / valid_tokens` summed over all ranks.
+
+        With weights of documents `valid_tokens` is a sum of weights.
 
         Collective: under ZeRO-2 and 3 by all ranks, the same number of times.
         """

@@ -16,7 +16,11 @@ from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
-from dist_attn.integrations.rotary import ExactRotary
+from dist_attn.integrations.fused import fuse, liger_gate
+from dist_attn.integrations.lora import add_adapters
+from dist_attn.integrations.recompute import Recompute
+from dist_attn.integrations.rotary import ExactRotary, Frequencies, frequencies
+from dist_attn.integrations.tiled_mlp import silu_gate, tile_mlps
 from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
 ATTENTION_NAME = "dist_attn"
@@ -51,6 +55,8 @@ class CausalLM(nn.Module):
         shift_labels: Tensor,
         position_ids: Tensor,
         attention_context: AttentionContext,
+        document_tokens: Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
         """Sum of the cross-entropy over local tokens, float32, not yet divided by anything.
 
@@ -59,14 +65,18 @@ class CausalLM(nn.Module):
             shift_labels: int64 [1, L], the token to predict, -100 where there is none.
             position_ids: int64 [1, L], positions inside each document.
             attention_context: how this micro-batch's attention is carried out.
+            document_tokens: int64 [1, L], the length of each token's document, for rotary scalings
+                that depend on it.
+            loss_weights: float32 [1, L], by which each token's loss counts; None: 1.
         """
+        self.model.rotary_emb.document_tokens = document_tokens
         hidden = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
             attention_context=attention_context,
         ).last_hidden_state
-        loss: Tensor = self.lm_head(hidden, shift_labels)
+        loss: Tensor = self.lm_head(hidden, shift_labels, loss_weights)
         return loss
 
 
@@ -80,9 +90,13 @@ class _LossHead(nn.Module):
         self.weight: Tensor = linear.weight
         self.chunk_tokens: int = chunk_tokens
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         return linear_cross_entropy(
-            hidden.flatten(0, 1), self.weight, labels.flatten(), chunk_tokens=self.chunk_tokens
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            weights_L=None if weights is None else weights.flatten(),
+            chunk_tokens=self.chunk_tokens,
         )
 
 
@@ -103,11 +117,19 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
         decoder = AutoModelForCausalLM.from_config(
             _llama_config(config, vocab_size), attn_implementation=ATTENTION_NAME
         )
-    # Before the cast, which would round its frequencies.
-    decoder.model.rotary_emb = ExactRotary(decoder.model.rotary_emb)
+    decoder.model.rotary_emb = ExactRotary(model_frequencies(config, decoder.config))
     nn.Module.to(decoder, dtype=_DTYPES[config.dtype])
-    if config.gradient_checkpointing:
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        add_adapters(decoder, config.lora, seed)
+    if config.kernels == "liger":
+        fuse(decoder, _attention)
+    if config.mlp_tile_tokens is not None:
+        gate = liger_gate() if config.kernels == "liger" else silu_gate
+        tile_mlps(decoder, config.mlp_tile_tokens, gate)
+    recompute = Recompute.from_config(config)
+    if recompute is not None:
+        # Of the public way in only the function could not be chosen.
+        decoder._set_gradient_checkpointing(True, recompute.transformers)
     decoder.train()
     return CausalLM(decoder, config.loss_chunk_tokens)
 
@@ -132,6 +154,8 @@ def save_for_transformers(
     else:
         hf_config = _llama_config(config, vocab_size)
         hf_config.max_position_embeddings = max_positions
+    if config.rope is not None:
+        _describe_rope(hf_config, rope_parameters(config, hf_config), max_positions)
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(hf_config)
     dtype = _DTYPES[config.dtype]
@@ -144,6 +168,43 @@ def save_for_transformers(
     decoder.config.use_cache = True
     decoder.config.dtype = dtype
     decoder.save_pretrained(folder)
+
+
+def model_frequencies(config: ModelConfig, hf_config: Any) -> Frequencies:
+    """What positions are multiplied with in a model, by its configuration or its checkpoint's.
+
+    Raises:
+        ConfigError: a scaling that is not supported or does not fit the head dimension.
+    """
+    head_dim = getattr(hf_config, "head_dim", None)
+    head_dim = head_dim or hf_config.hidden_size // hf_config.num_attention_heads
+    try:
+        return frequencies(rope_parameters(config, hf_config), head_dim)
+    except ConfigError as error:
+        where = "model.rope" if config.rope is not None else "model.checkpoint"
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def rope_parameters(config: ModelConfig, hf_config: Any) -> dict[str, Any]:
+    """Complete `rope_parameters`: of the configuration, else of the model."""
+    own = dict(hf_config.rope_parameters)
+    if config.rope is not None:
+        return {"rope_theta": own["rope_theta"], **config.rope.parameters()}
+    # What transformers takes from elsewhere in its configuration.
+    original = hf_config.max_position_embeddings
+    if own.get("rope_type") == "dynamic":
+        own["original_max_position_embeddings"] = original
+    elif own.get("rope_type") == "longrope" and own.get("factor") is None:
+        own["factor"] = original / own["original_max_position_embeddings"]
+    return own
+
+
+def _describe_rope(hf_config: Any, parameters: dict[str, Any], max_positions: int) -> None:
+    """Write a scaling into a transformers configuration, where its formulas look for it."""
+    hf_config.max_position_embeddings = max_positions
+    if parameters["rope_type"] == "dynamic":
+        hf_config.max_position_embeddings = parameters.pop("original_max_position_embeddings")
+    hf_config.rope_parameters = parameters
 
 
 def _llama_config(config: ModelConfig, vocab_size: int) -> LlamaConfig:

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dist_attn.attention.api import attend_with_context
 from dist_attn.attention.context import AttentionContext
 from dist_attn.errors import ConfigError
-from dist_attn.integrations.rotary import rotary_angles
+from dist_attn.integrations.recompute import Recompute
+from dist_attn.integrations.rotary import Frequencies, rotary_angles
 
 # Its FSDP, which is not used, says at import which version of itself it is.
 logging.getLogger("megatron.core.distributed.fsdp").setLevel(logging.WARNING)
@@ -52,6 +52,8 @@ class PackedContext(PackedSeqParams):
     qkv_format: str = "sbhd"
     #: int64 [1, L], positions inside each document.
     position_ids: Tensor | None = None
+    #: int64 [1, L], lengths of the tokens' documents, for rotary scalings that depend on them.
+    document_tokens: Tensor | None = None
     attention_context: AttentionContext | None = None
 
 
@@ -136,10 +138,10 @@ class ExplicitRotary(nn.Module):
     to 4e-7 at any position, and Megatron takes its sine and cosine in float32.
     """
 
-    def __init__(self, inv_freq: Tensor, interleaved: bool = False) -> None:
+    def __init__(self, found: Frequencies, interleaved: bool = False) -> None:
         super().__init__()
         # Not a buffer: a cast of the model to bf16 would take it along.
-        self.inv_freq = inv_freq.detach().double()
+        self.frequencies = found
         self.interleaved = interleaved
 
     def get_rotary_seq_len(
@@ -150,19 +152,24 @@ class ExplicitRotary(nn.Module):
         transformer_config: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
-    ) -> Tensor:
-        """Return the positions, which `forward` is then called with."""
-        positions = _context_of(packed_seq_params).position_ids
-        assert positions is not None
-        return positions
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return positions and documents' lengths, which `forward` is then called with."""
+        packed = _context_of(packed_seq_params)
+        assert packed.position_ids is not None
+        return packed.position_ids, packed.document_tokens
 
     def forward(
-        self, position_ids: Tensor, packed_seq: bool = False, cp_group: Any = None
+        self,
+        places: tuple[Tensor, Tensor | None],
+        packed_seq: bool = False,
+        cp_group: Any = None,
     ) -> Tensor:
-        """Angles [L, 1, 1, D], float32, of positions [1, L]."""
-        if self.inv_freq.device != position_ids.device:
-            self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = rotary_angles(position_ids.flatten(), self.inv_freq)
+        """Angles [L, 1, 1, D], float32, of positions [1, L] and lengths of documents [1, L]."""
+        position_ids, document_tokens = places
+        self.frequencies = self.frequencies.to(position_ids.device)
+        lengths = None if document_tokens is None else document_tokens.flatten()
+        inv_freq = self.frequencies.of_documents(lengths)
+        angles = rotary_angles(position_ids.flatten(), inv_freq)
         if self.interleaved:
             both = torch.stack((angles, angles), dim=-1).flatten(1)
         else:
@@ -173,26 +180,34 @@ class ExplicitRotary(nn.Module):
 class RecomputedLayer(TransformerLayer):
     """A transformer layer whose activations are computed again in the backward."""
 
+    def __init__(self, *args: Any, recompute: Recompute, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recompute = recompute
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See the base class. The group's ranks communicate again in the backward."""
+        """See the base class; attention as `Recompute` says."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        # No dropout here: there is no random state to keep.
-        return checkpoint(
-            super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        packed = _context_of(kwargs.get("packed_seq_params"))
+        assert packed.attention_context is not None
+        context = self._recompute.context(packed.attention_context)
+        kwargs["packed_seq_params"] = replace(packed, attention_context=context)
+        return self._recompute.call(super().forward, *args, **kwargs)
 
 
-def make_layer_spec(*, recompute: bool = False, qk_layernorm: bool = False) -> ModuleSpec:
+def make_layer_spec(
+    *, recompute: Recompute | None = None, qk_layernorm: bool = False
+) -> ModuleSpec:
     """A decoder layer of Megatron's own modules (RMSNorm) with our attention.
 
     Args:
-        recompute: compute activations again in the backward instead of keeping them.
+        recompute: compute activations again in the backward instead of keeping them; None: do not.
         qk_layernorm: norms of queries and keys, as the configuration's `qk_layernorm` says.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
-    if recompute:
+    if recompute is not None:
         spec.module = RecomputedLayer
+        spec.params = {**(spec.params or {}), "recompute": recompute}
     return use_dist_attn(spec)
 
 
@@ -218,7 +233,8 @@ def attach(model: GPTModel) -> GPTModel:
             f"attach needs position_embedding_type 'rope', got '{model.position_embedding_type}'"
         )
     factor = stock.seq_len_interpolation_factor or 1.0
-    model.rotary_pos_emb = ExplicitRotary(stock.inv_freq / factor, stock.rotary_interleaved)
+    inv_freq = stock.inv_freq.detach().double() / factor
+    model.rotary_pos_emb = ExplicitRotary(Frequencies(inv_freq), stock.rotary_interleaved)
     return model
 
 

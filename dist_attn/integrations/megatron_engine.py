@@ -30,6 +30,7 @@ from dist_attn.integrations.megatron_shards import (
     ShardedOptimizer,
     Sharding,
 )
+from dist_attn.integrations.rotary import Frequencies
 
 # It advises on CUDA's connections where there may be no CUDA; docs/megatron.md does so instead.
 warnings.filterwarnings("ignore", message="When using async grad allreduce")
@@ -72,14 +73,20 @@ class MegatronEngine:
                 inputs["position_ids"],
                 None,
                 labels=inputs["shift_labels"],
+                loss_mask=inputs.get("loss_weights"),
                 packed_seq_params=PackedContext(
                     position_ids=inputs["position_ids"],  # type: ignore[arg-type]
+                    document_tokens=inputs.get("document_tokens"),  # type: ignore[arg-type]
                     attention_context=context,
                 ),
             )
         return loss
 
-    def backward(self, loss_sum: Tensor, valid_tokens: int, *, last: bool) -> None:
+    def set_rotary(self, found: Frequencies) -> None:
+        """Rotate by other frequencies; see the protocol."""
+        self._model.set_rotary(found)
+
+    def backward(self, loss_sum: Tensor, valid_tokens: float, *, last: bool) -> None:
         """Accumulate gradients; see the protocol. Collective: only when `last`."""
         self._sharding.backward(loss_sum / valid_tokens, last=last)
 

@@ -18,6 +18,7 @@ def vocab_parallel_linear_cross_entropy(
     *,
     first_row: int,
     group: dist.ProcessGroup,
+    weights_L: Tensor | None = None,
     chunk_tokens: int = 1024,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of `hidden @ weight.T`, rows of `weight` on all ranks.
@@ -30,6 +31,7 @@ def vocab_parallel_linear_cross_entropy(
         labels_L: int64 [L]; -100 marks a token that does not count.
         first_row: vocabulary index of this rank's first row.
         group: the ranks that hold the other rows.
+        weights_L: float32 [L], by which each token's loss counts; None: 1.
         chunk_tokens: tokens whose logits exist at a time.
 
     Returns:
@@ -41,9 +43,13 @@ def vocab_parallel_linear_cross_entropy(
     Numerics: logits, loss and their gradient in float32 (float64 for float64 inputs).
     """
     if group.size() == 1:
-        return linear_cross_entropy(hidden_LC, weight_VC, labels_L, chunk_tokens=chunk_tokens)
+        return linear_cross_entropy(
+            hidden_LC, weight_VC, labels_L, weights_L=weights_L, chunk_tokens=chunk_tokens
+        )
+    if weights_L is None:
+        weights_L = torch.ones_like(labels_L, dtype=torch.float32)
     loss: Tensor = _VocabParallel.apply(
-        hidden_LC, weight_VC, labels_L, first_row, group, chunk_tokens
+        hidden_LC, weight_VC, labels_L, weights_L, first_row, group, chunk_tokens
     )
     return loss
 
@@ -55,6 +61,7 @@ class _VocabParallel(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        weights: Tensor,
         first_row: int,
         group: dist.ProcessGroup,
         chunk_tokens: int,
@@ -69,12 +76,13 @@ class _VocabParallel(torch.autograd.Function):
             chunk = hidden[rows]
             logits = (chunk @ weight.T).to(accumulate)
             losses, grad = _chunk(logits, labels[rows], first_row, group)
-            loss += losses.sum()
-            grad_logits = grad.to(hidden.dtype)
+            by_token = weights[rows].to(accumulate)
+            loss += (losses * by_token).sum()
+            grad_logits = grad.mul_(by_token.unsqueeze(-1)).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += (grad_logits.T @ chunk).to(accumulate)
+                grad_weight += grad_logits.T @ chunk  # in the wider type of the two
         if grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
             grad_hidden = grad_hidden.to(hidden.dtype)
@@ -87,7 +95,7 @@ class _VocabParallel(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = scaled(grad_hidden, grad_loss, ctx.hidden_dtype)
         grad_weight = scaled(grad_weight, grad_loss, ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunk(

@@ -14,21 +14,22 @@ from torch import Tensor
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.hf import CausalLM
-from dist_attn.integrations.megatron import ExplicitRotary, make_layer_spec
+from dist_attn.integrations.megatron import DistAttention, ExplicitRotary, make_layer_spec
 from dist_attn.integrations.megatron_groups import MegatronGroups
 from dist_attn.integrations.megatron_loss import vocab_parallel_linear_cross_entropy
 from dist_attn.integrations.megatron_weights import Sizes, WeightMap
-from dist_attn.integrations.rotary import ExactRotary
+from dist_attn.integrations.recompute import Recompute
+from dist_attn.integrations.rotary import ExactRotary, Frequencies
 
 #: Families that are Llama in all but name: no biases, no norms of queries and keys.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
-#: Rotary scalings whose frequencies do not depend on the length at hand.
 
 
 class MegatronCausalLM(GPTModel):
     """A GPTModel that returns the summed loss of this rank's tokens.
 
-    Called with `labels` [1, L], -100 where nothing is predicted, and a `PackedContext`.
+    Called with `labels` [1, L], -100 where nothing is predicted, and a `PackedContext`; `loss_mask`
+    [1, L] are the weights of the tokens' losses.
     """
 
     def __init__(
@@ -36,18 +37,20 @@ class MegatronCausalLM(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            make_layer_spec(recompute=model.gradient_checkpointing),
+            make_layer_spec(recompute=Recompute.from_config(model)),
             vocab_size=sizes.vocab_rows * sizes.degree,
             max_sequence_length=hf.hf_config.max_position_embeddings,
             position_embedding_type="rope",
             share_embeddings_and_output_weights=hf.hf_config.tie_word_embeddings,
             pg_collection=pgs,
         )
-        self.rotary_pos_emb = ExplicitRotary(_frequencies(hf)[0])
+        self.rotary_pos_emb = ExplicitRotary(_frequencies(hf))
         self._sizes = sizes
         self._loss_chunk_tokens = model.loss_chunk_tokens
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
@@ -60,8 +63,16 @@ class MegatronCausalLM(GPTModel):
             labels.flatten(),
             first_row=self._sizes.first_vocab_row,
             group=self.tp_group,
+            weights_L=None if loss_mask is None else loss_mask.flatten(),
             chunk_tokens=self._loss_chunk_tokens,
         )
+
+    def set_rotary(self, found: Frequencies) -> None:
+        """Rotate by other frequencies from now on."""
+        self.rotary_pos_emb.frequencies = found
+        for module in self.modules():
+            if isinstance(module, DistAttention):
+                module.softmax_scale = softmax_scale(self._sizes.head_dim, found)
 
 
 def build_megatron_model(
@@ -123,11 +134,18 @@ def check_model(hf: CausalLM, degree: int) -> None:
             )
 
 
-def _frequencies(hf: CausalLM) -> tuple[Tensor, float]:
-    """Rotary frequencies in float64, and the factor of sine and cosine."""
+def _frequencies(hf: CausalLM) -> Frequencies:
     rotary = hf.model.rotary_emb
     assert isinstance(rotary, ExactRotary)
-    return rotary.inv_freq, rotary.attention_scaling
+    return rotary.frequencies
+
+
+def softmax_scale(head_dim: int, found: Frequencies) -> float:
+    """Factor of scores: Megatron rotates by plain angles, so that their scaling is in here.
+
+    It is that of rotated queries times that of rotated keys.
+    """
+    return float(head_dim**-0.5 * found.attention_scaling**2)
 
 
 def _head_dim(hf_config: Any) -> int:
@@ -144,8 +162,7 @@ def _transformer_config(hf: CausalLM, sizes: Sizes, dtype: torch.dtype) -> Trans
         num_attention_heads=c.num_attention_heads,
         num_query_groups=c.num_key_value_heads,
         kv_channels=sizes.head_dim,
-        # The factor of rotated queries and of rotated keys.
-        softmax_scale=sizes.head_dim**-0.5 * _frequencies(hf)[1] ** 2,
+        softmax_scale=softmax_scale(sizes.head_dim, _frequencies(hf)),
         normalization="RMSNorm",
         layernorm_epsilon=c.rms_norm_eps,
         activation_func=F.silu,

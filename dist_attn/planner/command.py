@@ -18,6 +18,7 @@ from dist_attn.planner.compare import Case, comparison, comparison_page, legend
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.lengths import read_lengths
 from dist_attn.planner.mask_picture import mask_figure
+from dist_attn.planner.memory import Sharding
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
 from dist_attn.planner.problem import plan_as_configured
@@ -145,7 +146,7 @@ def derived_costs(
     cost = CostModel.derive(
         shape,
         cluster,
-        config.engine.zero_stage,
+        Sharding.from_config(config, shape),
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dist_attn.errors import PlanError
 from dist_attn.planner.cluster import Cluster, fingerprint
 from dist_attn.planner.levels import Levels, inner_size
+from dist_attn.planner.memory import MemoryModel, Sharding
 from dist_attn.planner.shape import ModelShape
 
 IntArray = npt.NDArray[np.int64]
@@ -132,7 +133,7 @@ class CostModel:
         cls,
         shape: ModelShape,
         cluster: Cluster,
-        zero_stage: int,
+        sharding: Sharding | int,
         max_tokens_per_device: int | Mapping[str, int] | None = None,
         areas: tuple[tuple[int, ...], tuple[float, ...]] = ((), ()),
     ) -> CostModel:
@@ -140,19 +141,29 @@ class CostModel:
 
         Forward and backward of a matrix take 2 + 4 operations per parameter and token; of attention
         4 head_dim + 10 head_dim per pair and head (the backward does five products for two). With
-        recomputation the forward is paid twice.
+        recomputation the forward is paid twice, but for attention that is kept.
 
         Args:
             shape: the model.
             cluster: where it runs.
-            zero_stage: how parameters, gradients and optimizer state are sharded.
+            sharding: how parameters, gradients and optimizer state are sharded; a number is a ZeRO
+                stage.
             max_tokens_per_device: a cap on every rank's tokens, or one per kind of device by name.
             areas: lengths and areas of masks that are not causal; pairs cost the same in any mask.
         """
         caps = max_tokens_per_device
-        forwards = 2 if shape.gradient_checkpointing else 1
-        linear = (2 * forwards + 4) * shape.matrix_parameters
-        pair = (4 * forwards + 10) * shape.head_dim * shape.num_heads * shape.num_layers
+        if isinstance(sharding, int):
+            sharding = Sharding(sharding)
+        memory = MemoryModel.of(shape, cluster.world_size, sharding)
+        # Of the moments of a step the one that limits the smallest device.
+        moment = memory.binding(min(d.memory_bytes for d in cluster.devices))
+        linear = (2 * shape.forwards + 4) * shape.matrix_parameters
+        pair = (
+            (4 * shape.attention_forwards + 10)
+            * shape.head_dim
+            * shape.num_heads
+            * shape.num_layers
+        )
         return cls(
             shape=shape,
             devices=tuple(
@@ -168,8 +179,8 @@ class CostModel:
             inter_node=LinkRates(cluster.inter_node.bytes_per_s, cluster.inter_node.latency_s),
             devices_per_node=max(len(n) for p in cluster.pools for n in p),
             micro_batch_overhead_s=cluster.micro_batch_overhead_s,
-            static_bytes=shape.static_bytes(cluster.world_size, zero_stage) + shape.logits_bytes,
-            bytes_per_token=shape.activation_bytes_per_token,
+            static_bytes=memory.static_bytes + moment.constant_bytes,
+            bytes_per_token=moment.bytes_per_token,
             ring_overlap=cluster.ring_overlap,
             area_lengths=areas[0],
             area_pairs=areas[1],
@@ -188,17 +199,16 @@ class CostModel:
         if kind.degree == 1:
             return self.micro_batch_overhead_s
         latency_s = (self.inter_node if kind.crosses_nodes else self.intra_node).latency_s
-        forwards = 2 if self.shape.gradient_checkpointing else 1
         levels = self._levels(kind)
         if levels is not None:
-            latency_s = levels.latency_s(forwards)
+            latency_s = levels.latency_s(self.shape)
             return self.micro_batch_overhead_s + self.shape.num_layers * latency_s
         if kind.strategy == "ulysses":
             # Two all-to-alls each way.
-            messages = (forwards + 1) * 2 * math.log2(kind.degree)
+            messages = (self.shape.forwards + 1) * 2 * math.log2(kind.degree)
         else:
             # Keys and values on every way, and the gradients' way home.
-            messages = (forwards + 1) * (kind.degree - 1) + kind.degree
+            messages = (self.shape.attention_forwards + 1) * (kind.degree - 1) + kind.degree
         return self.micro_batch_overhead_s + self.shape.num_layers * messages * latency_s
 
     def compute_s(self, kind: GroupKind, lengths: IntArray) -> FloatArray:
@@ -320,7 +330,7 @@ class CostModel:
         shape, d = self.shape, kind.degree
         kv_heads = max(shape.num_kv_heads, min(d, shape.num_heads))
         elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
-        passes = 3 if shape.gradient_checkpointing else 2
+        passes = shape.forwards + 1
         sent = elements * shape.bytes_per_element * passes * shape.num_layers / d
         if not kind.crosses_nodes:
             return sent * (d - 1) / d / self.intra_node.bytes_per_s
@@ -334,6 +344,7 @@ class CostModel:
         shape, d = self.shape, kind.degree
         link = self.inter_node if kind.crosses_nodes else self.intra_node
         kv = 2 * shape.num_kv_heads * shape.head_dim
-        forwards = 2 if shape.gradient_checkpointing else 1
-        sent = kv * ((forwards + 1) * shape.bytes_per_element + 4) * shape.num_layers
+        sent = (
+            kv * ((shape.attention_forwards + 1) * shape.bytes_per_element + 4) * shape.num_layers
+        )
         return sent * (d - 1) / d / link.bytes_per_s

@@ -31,32 +31,32 @@ class Levels:
     inner_link: LinkRates
     outer_link: LinkRates
 
-    def latency_s(self, forwards: int) -> float:
-        """Seconds of one layer's messages, forward (`forwards` times) and backward."""
-        passes = forwards + 1
+    def latency_s(self, shape: ModelShape) -> float:
+        """Seconds of one layer's messages, forward and backward."""
+        passes = shape.attention_forwards + 1
         between = (passes * (self.outer - 1) + self.outer) * self.outer_link.latency_s
         if self.strategy.startswith("ulysses"):
-            return passes * 2 * math.log2(self.inner) * self.inner_link.latency_s + between
+            trades = (shape.forwards + 1) * 2 * math.log2(self.inner)
+            return trades * self.inner_link.latency_s + between
         hops = passes * self.outer * (self.inner - 1) + self.inner * self.outer
         return hops * self.inner_link.latency_s + between
 
     def seconds_per_token(self, shape: ModelShape) -> tuple[float, float]:
         """Seconds of a token's exchanges: those that nothing hides, and those behind attention."""
-        forwards = 2 if shape.gradient_checkpointing else 1
         ranks = self.inner * self.outer
         ulysses = self.strategy.startswith("ulysses")
         kv_heads = shape.num_kv_heads
         if ulysses:
             kv_heads = max(kv_heads, min(self.inner, shape.num_heads))
         # Keys and values on every pass, and their gradients in float32.
-        bytes_each = (forwards + 1) * shape.bytes_per_element + 4
+        bytes_each = (shape.attention_forwards + 1) * shape.bytes_per_element + 4
         kv = 2 * kv_heads * shape.head_dim * bytes_each * shape.num_layers / ranks
         between = kv * (self.outer - 1) / self.outer_link.bytes_per_s
         if not ulysses:
             inside = kv * self.outer * (self.inner - 1) / self.inner_link.bytes_per_s
             return 0.0, max(inside, between)
         elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
-        sent = elements * shape.bytes_per_element * (forwards + 1) * shape.num_layers / ranks
+        sent = elements * shape.bytes_per_element * (shape.forwards + 1) * shape.num_layers / ranks
         return sent * (self.inner - 1) / self.inner / self.inner_link.bytes_per_s, between
 
 

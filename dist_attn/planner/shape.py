@@ -24,8 +24,13 @@ class ModelShape:
     vocab_size: int
     bytes_per_element: int = 2
     gradient_checkpointing: bool = False
+    keep_attention: bool = True
     tie_word_embeddings: bool = False
     loss_chunk_tokens: int = 1024
+    #: Norms, gates and rotations are fused kernels, which keep less.
+    fused: bool = False
+    mlp_tile_tokens: int | None = None
+    offload_checkpoints: bool = False
 
     @classmethod
     def from_config(cls, config: ModelConfig, vocab_size: int | None = None) -> ModelShape:
@@ -41,7 +46,11 @@ class ModelShape:
         shared: dict[str, Any] = {
             "bytes_per_element": 2 if config.dtype == "bf16" else 4,
             "gradient_checkpointing": config.gradient_checkpointing,
+            "keep_attention": config.keep_attention,
             "loss_chunk_tokens": config.loss_chunk_tokens,
+            "fused": config.kernels == "liger",
+            "mlp_tile_tokens": config.mlp_tile_tokens,
+            "offload_checkpoints": config.offload_checkpoints,
         }
         if config.checkpoint is not None:
             return cls(**_sizes_of_checkpoint(Path(config.checkpoint) / "config.json"), **shared)
@@ -59,6 +68,16 @@ class ModelShape:
         )
 
     @property
+    def forwards(self) -> int:
+        """How often a step computes a layer's matrix products forward."""
+        return 2 if self.gradient_checkpointing else 1
+
+    @property
+    def attention_forwards(self) -> int:
+        """How often a step computes attention forward."""
+        return 1 if self.keep_attention else self.forwards
+
+    @property
     def matrix_parameters(self) -> int:
         """Parameters that every token is multiplied with: layers and the output projection."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
@@ -71,37 +90,6 @@ class ModelShape:
         norms = (2 * self.num_layers + 1) * self.hidden_size
         embedding = 0 if self.tie_word_embeddings else self.hidden_size * self.vocab_size
         return self.matrix_parameters + norms + embedding
-
-    @property
-    def activation_bytes_per_token(self) -> int:
-        """Memory that one token needs on its rank at the fullest moment of a step.
-
-        A layer keeps its input twice, the inputs of its two norms' successors, queries, keys,
-        values, the attention output, and three tensors of the MLP. With recomputation only the
-        input of every layer stays, and one layer is live twice over (its activations and their
-        gradients).
-        """
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        elements = 4 * self.hidden_size + 2 * q + 2 * kv + 3 * self.intermediate_size
-        layer = elements * self.bytes_per_element + 4 * self.num_heads
-        if not self.gradient_checkpointing:
-            return (self.num_layers + 1) * layer
-        return self.num_layers * self.hidden_size * self.bytes_per_element + 2 * layer
-
-    @property
-    def logits_bytes(self) -> int:
-        """One chunk of logits, its float32 copy and its gradient."""
-        return self.loss_chunk_tokens * self.vocab_size * (4 + 2 * self.bytes_per_element)
-
-    def static_bytes(self, world_size: int, zero_stage: int) -> int:
-        """Parameters, gradients (float32 sums) and AdamW's state on one rank under a ZeRO stage."""
-        n = self.num_parameters
-        shard = -(-n // world_size)
-        parameters = (shard if zero_stage >= 3 else n) * self.bytes_per_element
-        gradients = (shard if zero_stage >= 2 else n) * 4
-        # Two moments, and a float32 copy where the parameters are shorter than that.
-        states = (8 if self.bytes_per_element == 4 else 12) * (shard if zero_stage >= 1 else n)
-        return parameters + gradients + states
 
 
 def _sizes_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class TrainState:
     identity: dict[str, Any]
     #: Steps that were left out because their gradients were not finite.
     skipped: int = 0
+    #: The stage of the last step done.
+    stage: int = 0
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dist_attn.data import Corpus
+from dist_attn.data import AnyCorpus
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class CorpusGuard:
     as it is, and so does removing a file that is open.
     """
 
-    def __init__(self, corpus: Corpus, *, speaks: bool) -> None:
+    def __init__(self, corpus: AnyCorpus, *, speaks: bool) -> None:
         self._corpus = corpus
         self._speaks = speaks
         self._told: set[str] = set()

@@ -8,13 +8,16 @@ from pathlib import Path
 from dist_attn.config import load_config
 from dist_attn.errors import CheckpointError, ConfigError
 from dist_attn.integrations.hf import save_for_transformers
+from dist_attn.integrations.lora import save_adapters
 from dist_attn.training.checkpoint import read_parameters
-from dist_attn.training.checkpoint_files import find_checkpoint
+from dist_attn.training.checkpoint_files import find_checkpoint, read_state
 from dist_attn.training.run_folder import RunFolder
 
 
 def export(run: Path, checkpoint: str, out: Path, dtype: str | None = None) -> Path:
     """Write a run's checkpoint as config.json, safetensors and, if it has one, its tokenizer.
+
+    Of a run with `model.lora` the adapters are written, as peft loads them onto the base model.
 
     Args:
         run: the run folder.
@@ -34,12 +37,15 @@ def export(run: Path, checkpoint: str, out: Path, dtype: str | None = None) -> P
         raise ConfigError(f"--run: {run} holds no run (config.yaml is missing)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} exists and is not empty; name a new folder")
-    config = load_config(folder.config)
     path = find_checkpoint(folder.checkpoints, checkpoint)
+    config = load_config(folder.config).at_stage(read_state(path).stage)
     parameters = read_parameters(path)
     model = config.model.model_copy(update={"dtype": dtype or config.model.dtype})
     try:
-        save_for_transformers(model, parameters, out, config.data.max_document_tokens)
+        if model.lora is not None:
+            save_adapters(model, parameters, out)
+        else:
+            save_for_transformers(model, parameters, out, config.data.max_document_tokens)
         _copy_tokenizer(config.data.tokenizer, out)
     except OSError as error:
         raise CheckpointError(f"--out: cannot write {out}: {error}") from None

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dist_attn.config import Config, EngineConfig
-from dist_attn.data import BatchSampler, Corpus, SamplerPosition
+from dist_attn.data import SamplerPosition
 from dist_attn.data.indexed import IntArray
 from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
-from dist_attn.integrations.hf import build_model
+from dist_attn.integrations.hf import build_model, model_frequencies
 from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
+from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
@@ -28,6 +29,7 @@ from dist_attn.training.metrics import (
     Reporter,
     StepMetrics,
     describe_groups,
+    describe_peaks,
     imbalance,
     memory_gib,
 )
@@ -36,15 +38,9 @@ from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
 from dist_attn.training.runtime import Runtime, choose_device, joined
 from dist_attn.training.schedule import learning_rate
-from dist_attn.training.setup import (
-    check_identity,
-    check_longest,
-    check_steps_left,
-    open_corpus_on_every_rank,
-    planning_problem,
-    run_identity,
-)
+from dist_attn.training.setup import check_identity, check_steps_left, run_identity
 from dist_attn.training.slow_ranks import SlowRanks
+from dist_attn.training.stages import Stage, Stages, open_stages
 from dist_attn.training.step import StepResult, StepRunner
 from dist_attn.training.stop import StopRequest
 from dist_attn.training.watchdog import SETUP, Mark, no_mark
@@ -109,12 +105,9 @@ def run_training(
             return
     mark(SETUP, "reading the corpus")
     begun_with = runtime.broadcast(folder.begun_with() if resume or begun else None)
-    corpus = open_corpus_on_every_rank(config, runtime, begun_with)
-    mark(SETUP, "setting up the planner")
-    problem = planning_problem(config, corpus, runtime)
-    with runtime.together():
-        check_longest(problem, corpus)
-    state = TrainState(0, 0, 0, 0, run_identity(config, corpus))
+    stages = open_stages(config, runtime, begun_with)
+    first = stages.of_step(0)
+    state = TrainState(0, 0, 0, 0, run_identity(config, first.corpus))
     with runtime.together():
         if checkpoint is None and not begun:
             folder.check_free()
@@ -122,12 +115,12 @@ def run_training(
             check_identity(checkpoint, saved.identity, state.identity)
             check_steps_left(checkpoint, saved.step, config.run.steps)
             state = saved
-    with contextlib.closing(PlanSource(problem, runtime, folder.plans)) as plans:
-        run = _Run(config, runtime, folder, corpus, plans, stop or StopRequest(), mark)
+    run = _Run(config, runtime, folder, stages, stop or StopRequest(), mark)
+    try:
         # The first plan is solved while the model is built.
         run.prepare(state)
         mark(SETUP, "building the model")
-        run.build(checkpoint)
+        run.build(state, checkpoint)
         mark(SETUP, "opening the run folder")
         with runtime.together():
             if runtime.is_main:
@@ -135,13 +128,12 @@ def run_training(
                     folder.create(config)
                 else:
                     folder.reopen(config, state.step)
-                folder.remember(corpus.cache_folder)
+                folder.remember(first.corpus.cache_folder)
         with runtime.together():
             folder.check_visible()
-        try:
-            run.go(state)
-        finally:
-            run.close()
+        run.go(state)
+    finally:
+        run.close()
 
 
 def _what_is_there(folder: RunFolder) -> tuple[bool, str | None]:
@@ -158,8 +150,7 @@ class _Run:
         config: Config,
         runtime: Runtime,
         folder: RunFolder,
-        corpus: Corpus,
-        plans: PlanSource,
+        stages: Stages,
         stop: StopRequest,
         mark: Mark,
     ) -> None:
@@ -168,8 +159,7 @@ class _Run:
         self._stop = stop
         self._runtime = runtime
         self._folder = folder
-        self._corpus = corpus
-        self._plans = plans
+        self._stages = stages
         # A plan may need every aligned block of ranks at once, but those of disjoint groups.
         rules = config.planner
         many = rules.placement == "free" or rules.synchronisation == "step"
@@ -177,43 +167,90 @@ class _Run:
         capacity *= config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
-        self._guard = CorpusGuard(corpus, speaks=runtime.is_main)
+        self._engine: Engine | None = None
+        self._hf_config: Any
+        #: Of the step that is planned next, and of the step that runs; both None before the first.
+        self._planned: Stage | None = None
+        self._plans: PlanSource | None = None
+        self._stage: Stage | None = None
         self._slow_ranks = SlowRanks(
             config.run.slow_rank_factor,
             config.run.slow_rank_steps,
             runtime.nodes,
             speaks=runtime.is_main,
         )
-        self._nonfinite = NonFinitePolicy(config.run.nonfinite, corpus.name, speaks=runtime.is_main)
-        self._engine: Engine
+        self._guard: CorpusGuard
         self._runner: StepRunner
-        with runtime.together():
-            self._sampler = BatchSampler(
-                corpus.lengths, config.data.batch, config.run.seed, config.data.shuffle
-            )
+        self._nonfinite: NonFinitePolicy
+        #: Memory of the fullest step, measured and predicted.
+        self._peaks = (0.0, 0.0)
 
     def prepare(self, state: TrainState) -> None:
         """Let the first plan be solved in the background."""
-        ids, _ = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
-        self._plans.prepare(state.step, self._lengths(ids))
+        stage = self._stages.of_step(state.step)
+        ids, _ = stage.sampler.batch(self._position(state))
+        self._prepare(state.step, ids)
 
-    def build(self, checkpoint: Path | None) -> None:
+    def build(self, state: TrainState, checkpoint: Path | None) -> None:
         """Make the model and its engine, with the weights of a checkpoint if there is one."""
-        config, runtime = self._config, self._runtime
+        runtime, stage = self._runtime, self._stages.of_step(state.step)
+        config = stage.config
         with runtime.together():
-            model = build_model(config.model, self._corpus.vocab_size, config.run.seed)
-            self._corpus.require_vocab(model.hf_config.vocab_size)
+            model = build_model(config.model, stage.corpus.vocab_size, config.run.seed)
+            self._hf_config = model.hf_config
+            stage.corpus.require_vocab(model.hf_config.vocab_size)
+            for other in self._stages:
+                # A scaling that does not fit ends the run now, not when its stage begins.
+                model_frequencies(other.config.model, model.hf_config)
         make = engine_factory(config.engine.name)
         with runtime.together():
             self._engine = make(model, config, runtime.device)
         if checkpoint is not None:
             self._mark(SETUP, "reading the checkpoint")
             load_checkpoint(checkpoint, self._engine, runtime, checked=True)
-        shape = ModelShape.from_config(config.model, self._corpus.vocab_size)
-        rules = layer_rules_of(config, shape)
+
+    def _position(self, state: TrainState) -> SamplerPosition:
+        """Where the next batch begins: at a stage's first step, where that stage begins."""
+        stage = self._stages.of_step(state.step)
+        if state.step == stage.first_step:
+            return stage.start
+        return SamplerPosition(state.epoch, state.offset)
+
+    def _prepare(self, step: int, ids: IntArray) -> None:
+        """Begin to plan a step; a stage has a planning problem of its own."""
+        stage = self._stages.of_step(step)
+        if stage is not self._planned:
+            if self._plans is not None:
+                self._plans.close()
+            self._plans = PlanSource(stage.problem, self._runtime, self._folder.plans)
+            self._planned = stage
+        assert self._plans is not None
+        self._plans.prepare(step, _lengths(stage, ids))
+
+    def _enter(self, stage: Stage, reporter: Reporter | None, *, resumed: bool) -> None:
+        """Make a stage the one that steps belong to."""
+        assert self._engine is not None
+        self._stage = stage
+        self._engine.set_rotary(model_frequencies(stage.config.model, self._hf_config))
+        shape = ModelShape.from_config(stage.config.model, stage.corpus.vocab_size)
+        rules = layer_rules_of(stage.config, shape)
         self._runner = StepRunner(
-            self._engine, self._corpus, config, runtime, self._pool, rules, self._plans.node_of
+            self._engine,
+            stage.corpus,
+            stage.config,
+            self._runtime,
+            self._pool,
+            rules,
+            stage.problem.cluster.node_of,
         )
+        self._nonfinite = NonFinitePolicy(
+            self._config.run.nonfinite, stage.corpus.name, speaks=self._runtime.is_main
+        )
+        self._guard = CorpusGuard(stage.corpus, speaks=self._runtime.is_main)
+        self._guard.tell()
+        if reporter is not None:
+            for line in self._stages.describe(stage, resumed=resumed):
+                reporter.say(line)
 
     def go(self, state: TrainState) -> None:
         """Do the steps that are left, and write checkpoints on the way."""
@@ -226,12 +263,16 @@ class _Run:
             self._introduce(reporter, state)
             self._steps(state, reporter)
             self._end(reporter)
+            reporter.say(describe_peaks(*self._peaks, self._runtime.device))
             reporter.say(f"done: {steps} steps, everything in {self._folder.path}")
 
     def close(self) -> None:
         """Release the groups and what the engine holds."""
+        if self._plans is not None:
+            self._plans.close()
         self._pool.close()
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def _introduce(self, reporter: Reporter, state: TrainState) -> None:
         runtime, engine = self._runtime, self._config.engine
@@ -239,7 +280,6 @@ class _Run:
             f"{strategy_letters(s)} {s.replace('ulysses', 'Ulysses')}"
             for s in self._config.attention.strategies
         )
-        reporter.say(f"corpus: {self._corpus.report}")
         reporter.say(
             f"{runtime.world_size} ranks on {runtime.device.type}, {_describe(engine)}, "
             f"{self._config.model.dtype}; groups below: degree, {legend}, "
@@ -249,15 +289,20 @@ class _Run:
             reporter.say(f"resumed at step {state.step}, {state.tokens:,} tokens trained")
 
     def _steps(self, state: TrainState, reporter: Reporter | None) -> None:
-        ids, following = self._sampler.batch(SamplerPosition(state.epoch, state.offset))
-        self._guard.tell()
+        assert self._engine is not None
+        begun_at = state.step
         for step in range(state.step, self._config.run.steps):
             begun = time.perf_counter()
+            before, stage = self._stage, self._stages.of_step(step)
+            if stage is not before:
+                self._enter(stage, reporter, resumed=step == begun_at and step > stage.first_step)
+            ids, following = stage.sampler.batch(self._position(state))
             self._mark(step, "planning")
-            plan, waited_s = self._plans.take(step, self._lengths(ids), partial(_check, reporter))
-            next_ids, after = self._sampler.batch(following)
-            if step + 1 < self._config.run.steps:
-                self._plans.prepare(step + 1, self._lengths(next_ids))
+            assert self._plans is not None
+            plan, waited_s = self._plans.take(step, _lengths(stage, ids), partial(_check, reporter))
+            if reporter is not None and stage is not before:
+                reporter.say(stage.memory_statement(plan))
+            self._prepare_next(step + 1, following)
             result = self._runner.accumulate(plan, ids, partial(self._mark, step))
             self._mark(step, "the optimizer")
             lr = learning_rate(step, self._config.run.steps, self._config.optimizer)
@@ -269,27 +314,31 @@ class _Run:
             metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
             suspects = [d for r in reports for d in r.result.suspects]
             skipped = self._nonfinite.skipped(step, metrics.loss, norm, suspects)
+            self._peaks = max(self._peaks, (metrics.memory_gib, metrics.predicted_memory_gib))
             if reporter is not None:
                 reporter.step(metrics, plan)
             state = TrainState(
                 step + 1, following.epoch, following.offset,
                 state.tokens + metrics.tokens, state.identity,
-                state.skipped + skipped,
+                state.skipped + skipped, stage.index,
             )  # fmt: skip
-            ids, following = next_ids, after
             stop = next((r.stop for r in reports if r.stop), None)
             path = self._checkpoint(state, reporter, stopping=stop is not None)
             if stop is not None and state.step < self._config.run.steps:
                 raise Stopped(f"stopped by {stop} after step {step}; --resume goes on from {path}")
+
+    def _prepare_next(self, step: int, following: SamplerPosition) -> None:
+        if step >= self._config.run.steps:
+            return
+        stage = self._stages.of_step(step)
+        ids, _ = stage.sampler.batch(stage.start if step == stage.first_step else following)
+        self._prepare(step, ids)
 
     def _end(self, reporter: Reporter | None) -> None:
         """Wait for all ranks, so that their watchdogs look after one that does not come."""
         self._mark(self._config.run.steps, "the end")
         with self._runtime.together():
             _check(reporter)
-
-    def _lengths(self, ids: IntArray) -> tuple[int, ...]:
-        return tuple(int(n) for n in self._corpus.lengths[ids])
 
     def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
         memory = memory_gib(self._runtime.device)
@@ -328,9 +377,15 @@ class _Run:
             slowest_rank_ratio=ratio,
             padding_share=padding / (tokens + padding),
             memory_gib=max(r.memory_gib for r in reports),
+            predicted_memory_gib=self._predicted_gib(max(r.result.most_tokens for r in reports)),
             micro_batches=len(plan.micro_batches),
             groups=describe_groups(plan),
+            stage=0 if self._stage is None else self._stage.index,
         )
+
+    def _predicted_gib(self, tokens: int) -> float:
+        assert self._stage is not None
+        return self._stage.memory.bytes_at(tokens) / GIB
 
     def _checkpoint(
         self, state: TrainState, reporter: Reporter | None, *, stopping: bool
@@ -340,6 +395,7 @@ class _Run:
         at_end = config.at_end and state.step == self._config.run.steps
         if not (due or at_end or stopping):
             return None
+        assert self._engine is not None
         self._mark(state.step, "writing a checkpoint")
         path = save_checkpoint(
             self._folder.checkpoints, self._engine, state, self._runtime, keep=config.keep
@@ -348,6 +404,10 @@ class _Run:
         if reporter is not None:
             reporter.say(f"checkpoint {path}")
         return path
+
+
+def _lengths(stage: Stage, ids: IntArray) -> tuple[int, ...]:
+    return tuple(int(n) for n in stage.corpus.lengths[ids])
 
 
 def _check(reporter: Reporter | None) -> None:

@@ -54,9 +54,12 @@ class StepMetrics:
     padding_share: float
     #: Fullest rank: peak of the CUDA allocator, or resident memory of the process.
     memory_gib: float
+    #: What the memory model says of the rank with most tokens.
+    predicted_memory_gib: float
     micro_batches: int
     #: The plan in short, such as `4r | 2u+1+1`.
     groups: str
+    stage: int = 0
 
 
 def describe_groups(plan: Plan) -> str:
@@ -98,6 +101,14 @@ def memory_gib(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return float(peak) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30
+
+
+def describe_peaks(measured_gib: float, predicted_gib: float, device: torch.device) -> str:
+    """The memory of a run's fullest step in words."""
+    text = f"peak memory of the fullest rank: {measured_gib:.1f} GiB measured, "
+    if device.type == "cpu":
+        return text + "the whole process; predictions are of a GPU's tensors"
+    return text + f"{predicted_gib:.1f} GiB predicted ({predicted_gib / measured_gib - 1:+.0%})"
 
 
 class Reporter:
@@ -188,6 +199,7 @@ class Reporter:
             "balance/slowest_rank_ratio": m.slowest_rank_ratio,
             "balance/padding_share": m.padding_share,
             "memory/peak_gib": m.memory_gib,
+            "memory/predicted_gib": m.predicted_memory_gib,
             "plan/micro_batches": m.micro_batches,
             "plan/gap": m.plan_gap,
         }

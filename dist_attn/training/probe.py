@@ -106,13 +106,16 @@ class Probe:
         kind = self._ring_layout if strategy in ("ring", "gather") else "contiguous"
         layout = make_layout(kind, cu_seqlens, group.cp_size)
         stream = layout.positions(group.cp_rank)
-        positions = stream - cu_seqlens[np.searchsorted(cu_seqlens, stream, side="right") - 1]
+        which = np.searchsorted(cu_seqlens, stream, side="right") - 1
+        positions = stream - cu_seqlens[which]
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._vocab_size, (2, 1, len(stream)), generator=draw)
         return LocalBatch(
             input_ids=ids[0],
             shift_labels=ids[1],
             position_ids=torch.from_numpy(positions)[None],
+            document_tokens=torch.from_numpy(np.diff(cu_seqlens)[which])[None],
+            loss_weights=None,
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=max(documents),
             layout=layout,

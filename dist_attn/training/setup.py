@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,28 @@ import torch
 from rich.progress import Progress
 
 from dist_attn.config import ClusterConfig, Config
-from dist_attn.data import Corpus, open_corpus
+from dist_attn.data import AnyCorpus, open_corpus
 from dist_attn.errors import CheckpointError, ConfigError, CorpusError, UserError
 from dist_attn.planner.cluster import Cluster, local_cluster
-from dist_attn.planner.command import cost_model, layer_rules_of
+from dist_attn.planner.fitting import describe_capacity, smallest_change
 from dist_attn.planner.problem import PlanningProblem
-from dist_attn.planner.shape import ModelShape
-from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.runtime import Runtime
 
 #: Change how the model is computed, not what it is.
-_FREE_MODEL_KEYS = ("gradient_checkpointing", "loss_chunk_tokens", "checkpoint")
+_FREE_MODEL_KEYS = (
+    "gradient_checkpointing",
+    "keep_attention",
+    "offload_checkpoints",
+    "mlp_tile_tokens",
+    "loss_chunk_tokens",
+    "checkpoint",
+    "kernels",
+)
 
 
 def open_corpus_on_every_rank(
     config: Config, runtime: Runtime, begun_with: str | None = None
-) -> Corpus:
+) -> AnyCorpus:
     """Open the corpus on rank 0, then once per node, then everywhere: only the first tokenises.
 
     A run that goes on passes the folder of the cache that it has begun with.
@@ -36,7 +43,7 @@ def open_corpus_on_every_rank(
         CorpusError: on every rank.
     """
     cache = Path(config.data.cache_dir or Path(config.run.dir).parent / "corpus-cache")
-    corpus: Corpus | None = None
+    corpus: AnyCorpus | None = None
     for turn in range(3):
         mine = 0 if runtime.is_main else 1 if runtime.local_rank == 0 else 2
         with runtime.together():
@@ -52,7 +59,7 @@ def open_corpus_on_every_rank(
     return corpus
 
 
-def _open(config: Config, cache: Path, begun_with: str | None, *, show_progress: bool) -> Corpus:
+def _open(config: Config, cache: Path, begun_with: str | None, *, show_progress: bool) -> AnyCorpus:
     if not (show_progress and config.logging.progress_bar and sys.stdout.isatty()):
         return open_corpus(config.data, cache, None, begun_with)
     with Progress(transient=True) as progress:
@@ -64,28 +71,15 @@ def _open(config: Config, cache: Path, begun_with: str | None, *, show_progress:
         return open_corpus(config.data, cache, show, begun_with)
 
 
-def planning_problem(config: Config, corpus: Corpus, runtime: Runtime) -> PlanningProblem:
-    """Describe the cluster at hand and its costs to the planner.
-
-    Ranks that hold one model between them (tensor parallelism) count as one.
+def devices_of_ranks(config: Config, runtime: Runtime) -> Cluster:
+    """The cluster that runs: as described, else by the names of its devices.
 
     Collective: by all ranks.
 
     Raises:
         ConfigError: on every rank, when the described cluster has another number of ranks.
     """
-    degree = config.engine.tensor_parallel_degree
-    with runtime.together():
-        whole = ModelShape.from_config(config.model, corpus.vocab_size)
-        shape = tensor_parallel_shape(whole, degree)
-    whole_cluster = cluster_at_hand(config, runtime)
-    with runtime.together():
-        cluster = tensor_parallel_cluster(whole_cluster, shape, degree)
-        rules = layer_rules_of(config, whole)
-        cost = cost_model(config, cluster, shape, rules, config.data.max_document_tokens)
-    return PlanningProblem(
-        cluster, cost, config.planner, tuple(config.attention.strategies), config.run.seed
-    )
+    return cluster_at_hand(config, runtime)
 
 
 def cluster_at_hand(config: Config, runtime: Runtime) -> Cluster:
@@ -119,20 +113,29 @@ def _cluster(config: Config, runtime: Runtime, names: list[str]) -> Cluster:
     return Cluster.from_config(described)
 
 
-def check_longest(problem: PlanningProblem, corpus: Corpus) -> None:
+def check_longest(
+    problem: PlanningProblem, corpus: AnyCorpus, config: Config, devices: Cluster
+) -> None:
     """Refuse before training a document that no group can hold.
 
     Raises:
-        UserError: naming the document, its length, the capacity and the remedy.
+        UserError: naming the document, its length, the capacity with its parts, and the smallest
+            change that would fit it.
     """
     longest = int(corpus.lengths.argmax())
+    length = int(corpus.lengths[longest])
     try:
-        problem.solve((int(corpus.lengths[longest]),))
+        problem.solve((length,))
     except UserError as error:
-        raise type(error)(f"{corpus.name(longest)}: {error}") from None
+        parts = [f"{corpus.name(longest)}: {error}"]
+        if config.planner.max_tokens_per_device is None:
+            with contextlib.suppress(UserError):
+                parts.append(describe_capacity(config, problem, corpus.vocab_size))
+            parts.append(smallest_change(config, devices, corpus.vocab_size, length))
+        raise type(error)("; ".join(parts)) from None
 
 
-def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+def run_identity(config: Config, corpus: AnyCorpus) -> dict[str, Any]:
     """What a resumed run must have in common with the one that wrote the checkpoint."""
     data = config.model_dump(mode="json")
     model = {k: v for k, v in data["model"].items() if k not in _FREE_MODEL_KEYS}
@@ -143,6 +146,8 @@ def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
         "shuffle": data["data"]["shuffle"],
         "masks": data["attention"]["masks"],
         "seed": data["run"]["seed"],
+        "stages": data["stages"],
+        "loss_weights": {s.name: s.loss_weight for s in config.data.sources},
         "corpus": corpus.fingerprint,
     }
 
@@ -152,6 +157,8 @@ def check_identity(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> N
     changed = []
     for key, value in here.items():
         old = saved.get(key)
+        if old is None and not value:
+            continue  # written before there was such a key
         if isinstance(value, dict) and isinstance(old, dict):
             changed += [
                 f"{key}.{k}: {old.get(k)!r} there, {v!r} here"

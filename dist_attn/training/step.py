@@ -15,7 +15,7 @@ from dist_attn.attention.context import AttentionContext
 from dist_attn.comm.ledger import Ledger
 from dist_attn.comm.stopwatch import Stopwatch
 from dist_attn.config import Config
-from dist_attn.data import Corpus, LocalBatch, build_local_batch, join_batches, valid_tokens
+from dist_attn.data import AnyCorpus, LocalBatch, build_local_batch, join_batches, valid_weight
 from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
@@ -32,13 +32,16 @@ from dist_attn.training.topology import Topology
 class StepResult:
     """What a step's forward and backward gave."""
 
-    #: Mean over the valid tokens of the whole step, the same on every rank.
+    #: Mean over the valid tokens of the whole step, by their documents' weights; the same on every
+    #: rank.
     loss: float
     #: This rank's forward seconds of each micro-batch.
     forward_s: list[float]
     #: This rank's tokens of documents, and its padding.
     tokens: int
     padding: int
+    #: Of the micro-batch that has most, padding among them.
+    most_tokens: int
     #: What this rank computed, to be held against what others did.
     work: Work
     #: Documents of this rank's groups whose loss is not finite.
@@ -63,7 +66,7 @@ class StepRunner:
     def __init__(
         self,
         engine: Engine,
-        corpus: Corpus,
+        corpus: AnyCorpus,
         config: Config,
         runtime: Runtime,
         pool: GroupPool,
@@ -103,12 +106,13 @@ class StepRunner:
         Raises:
             UserError: on every rank, when the tokens of any cannot be read.
         """
-        total = valid_tokens(plan.lengths)
+        # A step of one-token documents predicts nothing; its gradients are zero.
+        total = valid_weight(self._corpus, document_ids) or 1.0
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         watch = Stopwatch(self._runtime.device)
         waits: list[tuple[Stopwatch, int]] = []
         losses: list[Tensor] = []
-        tokens = padding = 0
+        tokens = padding = most = 0
         self._probes = []
         todo = self._todo(plan)
         mark("reading the tokens")
@@ -135,18 +139,18 @@ class StepRunner:
                 mark("the sum of the losses")
                 loss = loss * self._one_if_finite(loss_sum)
             mark(f"backward of micro-batch {index}")
-            # A step of one-token documents predicts nothing; its gradients are zero.
-            self._engine.backward(loss, max(total, 1), last=last)
+            self._engine.backward(loss, total, last=last)
             tokens += batch.local_seq_len
             padding += batch.num_padding
-        mean = float(loss_sum) / max(total, 1)
+            most = max(most, batch.local_seq_len + batch.num_padding)
+        mean = float(loss_sum) / total
         suspects: tuple[int, ...] = ()
         if not math.isfinite(mean):
             suspects = self._suspects(shares, document_ids, losses)
         forward_s = watch.seconds()
         waited_s = [sum(stopwatch.seconds()[:count]) for stopwatch, count in waits]
         work = _work(shares, forward_s, waited_s)
-        return StepResult(mean, forward_s, tokens, padding, work, suspects)
+        return StepResult(mean, forward_s, tokens, padding, most, work, suspects)
 
     def _catch_up(self, plan: Plan, done: int, mark: Callable[[str], None]) -> None:
         """Mark as often as the rank with the most micro-batches.
@@ -222,6 +226,8 @@ class StepRunner:
             input_ids=batch.input_ids,
             shift_labels=batch.shift_labels,
             position_ids=batch.position_ids,
+            document_tokens=batch.document_tokens,
+            loss_weights=batch.loss_weights,
             attention_context=context,
             gradient_probe=probe,
         )

@@ -7,6 +7,7 @@ also hold the mapping of weights and gradients between the two.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def run_checkpoint(cache: str, folder: str) -> tuple[float, float, float]:
     mean = model(*inputs) / valid_tokens(lengths)
     mean.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.model.rotary_emb.attention_scaling = 1.0
+    rotary = model.model.rotary_emb
+    rotary.frequencies = replace(rotary.frequencies, attention_scaling=1.0)
     with torch.no_grad():
         unscaled = model(*inputs).item() / valid_tokens(lengths)
 

@@ -57,3 +57,17 @@ def test_shapes_are_checked() -> None:
     hidden, weight, labels = inputs(5, torch.float32)
     with pytest.raises(ValueError, match=r"takes hidden \[L, C\]"):
         linear_cross_entropy(hidden, weight, labels[:-1])
+
+
+def test_weights_of_tokens() -> None:
+    hidden, weight, labels = inputs(37, torch.float64)
+    weights = torch.linspace(0, 3, 37)
+    by_token = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    expected = (by_token * weights).sum()
+    loss = linear_cross_entropy(hidden, weight, labels, weights_L=weights, chunk_tokens=8)
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(*(gradients(x, hidden, weight) for x in (loss, expected)), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs)
+    even = linear_cross_entropy(hidden, weight, labels, chunk_tokens=8)
+    assert abs(even.item() - loss.item()) > 1

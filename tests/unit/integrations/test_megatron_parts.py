@@ -22,8 +22,11 @@ from dist_attn.integrations.megatron import (
 )
 from dist_attn.integrations.megatron_model import check_model
 from dist_attn.integrations.megatron_weights import Block, _cut
+from dist_attn.integrations.recompute import Recompute
+from dist_attn.integrations.rotary import Frequencies
 from dist_attn.planner.cluster import Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.memory import MemoryModel, Sharding
 from dist_attn.planner.shape import ModelShape
 from dist_attn.planner.tensor_parallel import tensor_parallel_cluster, tensor_parallel_shape
 from dist_attn.training.topology import Topology
@@ -63,7 +66,7 @@ def inverse_frequencies(dim: int, base: float = 10000.0) -> torch.Tensor:
 def test_angles_are_right_at_a_million() -> None:
     frequencies = inverse_frequencies(128)
     positions = torch.tensor([[0, 1, 4095, 999_999, 1_000_000]])
-    angles = ExplicitRotary(frequencies)(positions)
+    angles = ExplicitRotary(Frequencies(frequencies.double()))((positions, None))
     assert angles.shape == (5, 1, 1, 128)
     assert angles.dtype == torch.float32
     exact = positions[0].double()[:, None] * frequencies.double()
@@ -77,15 +80,16 @@ def test_angles_are_right_at_a_million() -> None:
 
 
 def test_rotary_survives_a_cast_of_the_model() -> None:
-    rotary = ExplicitRotary(inverse_frequencies(8))
-    before = rotary(torch.tensor([[77]]))
-    assert torch.equal(rotary.to(torch.bfloat16)(torch.tensor([[77]])), before)
+    rotary = ExplicitRotary(Frequencies(inverse_frequencies(8).double()))
+    places = torch.tensor([[77]]), None
+    before = rotary(places)
+    assert torch.equal(rotary.to(torch.bfloat16)(places), before)
 
 
 def test_interleaved_angles() -> None:
     positions = torch.tensor([[3, 5]])
-    halves = ExplicitRotary(inverse_frequencies(8))(positions)
-    pairs = ExplicitRotary(inverse_frequencies(8), interleaved=True)(positions)
+    halves = ExplicitRotary(Frequencies(inverse_frequencies(8).double()))((positions, None))
+    pairs = ExplicitRotary(Frequencies(inverse_frequencies(8)), interleaved=True)((positions, None))
     assert torch.equal(pairs[..., ::2], halves[..., :4])
     assert torch.equal(pairs[..., 1::2], halves[..., :4])
 
@@ -116,7 +120,7 @@ def test_what_attention_refuses() -> None:
 
 
 def test_specs() -> None:
-    plain, recomputed = make_layer_spec(), make_layer_spec(recompute=True)
+    plain, recomputed = make_layer_spec(), make_layer_spec(recompute=Recompute(True))
     assert plain.submodules.self_attention.submodules.core_attention is DistAttention
     assert recomputed.module is RecomputedLayer
     assert plain.module is not RecomputedLayer
@@ -162,7 +166,9 @@ def test_the_planner_sees_a_share_of_the_model(recompute: bool) -> None:
     assert (share.num_heads, share.num_kv_heads, share.vocab_size) == (2, 1, 251)
     # The vocabulary's 1001 rows make four shares of 251.
     assert 4 * share.matrix_parameters - whole.matrix_parameters == 3 * 512
-    assert share.activation_bytes_per_token < whole.activation_bytes_per_token
+    parts = [MemoryModel.of(s, 4, Sharding(1)) for s in (share, whole)]
+    assert parts[0].fullest(1000).bytes_per_token < parts[1].fullest(1000).bytes_per_token
+    assert parts[0].static_bytes < parts[1].static_bytes
     devices = local_cluster(16, ["NVIDIA H100 80GB HBM3"] * 16, 8)
     cluster = tensor_parallel_cluster(devices, share, 4)
     assert (cluster.world_size, cluster.num_nodes) == (4, 2)
