@@ -91,6 +91,9 @@ class RandomCorpus:
         self.loss_weights = None
         self._vocab_size = vocab_size
 
+    def check(self) -> None:
+        """There are no files that could change."""
+
     def gather(self, documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return (documents * 7919 + positions * 104729) % 1000003 % self._vocab_size
 

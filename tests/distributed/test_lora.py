@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dist_attn.config import ModelConfig
 from dist_attn.integrations.hf import build_model
-from dist_attn.training.checkpoint import find_checkpoint, read_parameters
+from dist_attn.training.checkpoint import read_parameters
+from dist_attn.training.checkpoint_files import find_checkpoint
 from dist_attn.training.export import export
 from tests.distributed.test_refusals import attempt
 from tests.e2e.command import losses, small_config
