@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import io
 import itertools
 import logging
 import os
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
     )
     # A signal that ends the process (a truncated file under a memory map, say) shows where it was.
-    faulthandler.enable()
+    with contextlib.suppress(io.UnsupportedOperation):  # stderr may be no file
+        faulthandler.enable()
     # Whatever the user's mask: nobody else writes into what a run leaves.
     os.umask(os.umask(0o022) | 0o022)
     try:

@@ -201,13 +201,20 @@ def _check_model(calibration: Calibration, shape: ModelShape) -> None:
     different = [
         f"{k} {measured[k]} there, {v} here"
         for k, v in here.items()
-        if abs(measured.get(k, v) - v) > (_VOCABULARY_SLACK * v if k == "vocab_size" else 0)
+        if not _alike(k, measured.get(k, v), v)
     ]
     if different:
         raise ConfigError(
             f"the calibration of '{calibration.device}' is of another model: "
             f"{', '.join(different)}; calibrate with this configuration, or leave it out"
         )
+
+
+def _alike(key: str, measured: Any, here: Any) -> bool:
+    """Whether a size is the same; a vocabulary may be padded a little."""
+    if key == "vocab_size":
+        return bool(abs(measured - here) <= _VOCABULARY_SLACK * here)
+    return bool(measured == here)
 
 
 def _fit(columns: FloatArray, values: FloatArray, held_out: float) -> Fit:

@@ -6,6 +6,7 @@ the same batches everywhere; so that a resumed run finds its stage from the numb
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from dist_attn.data import AnyCorpus, BatchSampler, SamplerPosition
 from dist_attn.data.sampler import BoolArray
 from dist_attn.planner.fitting import memory_of, planning_problem_of
 from dist_attn.planner.memory import MemoryModel
-from dist_attn.planner.plan import Plan
+from dist_attn.planner.plan import MicroBatch, Plan
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.setup import check_longest, devices_of_ranks, open_corpus_on_every_rank
@@ -47,13 +48,22 @@ class Stage:
 
     def memory_statement(self, plan: Plan) -> str:
         """What the fullest rank of a step is going to hold."""
-        groups = [g for m in plan.micro_batches for g in m.groups]
-        tokens = max(-(-g.tokens // len(g.ranks)) for g in groups)
+        tokens = max(max(_tokens_of_ranks(m).values()) for m in plan.micro_batches)
         return (
             f"memory of a rank with {tokens:,} tokens, the most of this step: "
             f"{self.memory.statement(tokens)}; a rank can hold "
             f"{self.problem.cost.tokens_per_device():,} tokens"
         )
+
+
+def _tokens_of_ranks(micro_batch: MicroBatch) -> Counter[int]:
+    """Tokens of each rank, which may work in several groups."""
+    tokens: Counter[int] = Counter()
+    for group in micro_batch.groups:
+        even = -(-group.tokens // group.degree)
+        shares = np.array(group.shares).sum(axis=0).tolist() if group.shares else []
+        tokens.update(dict(zip(group.ranks, shares or [even] * group.degree, strict=True)))
+    return tokens
 
 
 class Stages:
