@@ -69,7 +69,7 @@ class Report:
 
 
 def seconds_of(
-    call: Callable[[], Any], *, least_s: float = 0.25, repeats: int = 3, warm_up: int = 2
+    call: Callable[[], Any], *, least_s: float = 0.12, repeats: int = 3, warm_up: int = 2
 ) -> float:
     """Return the median over repeats of the mean seconds of a call, on the slowest rank.
 

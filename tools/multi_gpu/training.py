@@ -36,7 +36,7 @@ def steps(report: Report, clock: Clock, size: int) -> None:
     """Train on the same long-tail batches by plans and by each static degree."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cluster = _calibrated(report, clock, folder, size)
+        costs = _calibrated(report, clock, folder, size)
         degrees = [d for d in range(1, size + 1) if size % d == 0]
         ways = [("planned", {})]
         ways += [(f"static {d}", {"mode": "static", "static_degree": d}) for d in reversed(degrees)]
@@ -45,7 +45,7 @@ def steps(report: Report, clock: Clock, size: int) -> None:
             if clock.left_s < 90:
                 report.note(f"training, {way}, was left out: time was up")
                 continue
-            done, lines = _train(folder, way, _config(folder, planner, cluster), 150)
+            done, lines = _train(folder, way, _config(folder, planner, costs), 150)
             if not lines:
                 report.note(f"training, {way}: {done}")
                 continue
@@ -75,7 +75,7 @@ def largest_context(report: Report, clock: Clock, size: int) -> None:
         best: int | None = None
         length = 2**18
         while clock.left_s > 45:
-            config = _config(folder, {}, "auto")
+            config = _config(folder, {}, [])
             _one_document(folder / "long", length)
             config["data"] |= {
                 "corpus": {"kind": "text", "path": str(folder / "long")},
@@ -99,7 +99,7 @@ def largest_context(report: Report, clock: Clock, size: int) -> None:
             report.note("largest context: nothing ran")
 
 
-def _config(folder: Path, planner: dict[str, Any], cluster: str) -> dict[str, Any]:
+def _config(folder: Path, planner: dict[str, Any], costs: list[str]) -> dict[str, Any]:
     longest = 65536
     return {
         "run": {"steps": STEPS, "dir": "", "device": "cuda", "timeout_s": 120},
@@ -113,24 +113,24 @@ def _config(folder: Path, planner: dict[str, Any], cluster: str) -> dict[str, An
         },
         "attention": {"strategies": ["gather", "ulysses"]},
         "planner": planner,
-        "cluster": cluster,
+        "cluster": "auto",
+        "cost": {"calibrations": costs},
         "engine": {"zero_stage": 2, "bucket_elements": 50_000_000},
         "checkpoint": {"at_end": False},
         "logging": {"tensorboard": False, "progress_bar": False},
     }
 
 
-def _calibrated(report: Report, clock: Clock, folder: Path, size: int) -> str:
-    """Measure this machine for the cost model; `auto` where that fails, and say so."""
-    target = folder / "cluster.yaml"
-    config = folder / "calibrate.yaml"
-    config.write_text(yaml.safe_dump(_config(folder, {}, "auto")), encoding="utf-8")
-    command = ["calibrate", "--cfg", str(config), "--out", str(target)]
+def _calibrated(report: Report, clock: Clock, folder: Path, size: int) -> list[str]:
+    """Measure this machine for the cost model; where that fails say so, and go by spec sheets."""
+    target, config = folder / "calibration.yaml", folder / "calibrate.yaml"
+    config.write_text(yaml.safe_dump(_config(folder, {}, [])), encoding="utf-8")
+    command = ["calibrate", "--cfg", str(config), "--out", str(target), "--max-tokens", "32768"]
     done = _run([*command, "--nproc-per-node", str(size)], min(120, clock.left_s))
     if target.is_file():
-        return str(target)
+        return [str(target)]
     report.note(f"not calibrated, predictions are from the spec sheet: {done}")
-    return "auto"
+    return []
 
 
 def _train(
