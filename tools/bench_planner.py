@@ -22,7 +22,7 @@ import numpy as np
 from dist_attn.config import PlannerConfig
 from dist_attn.planner.baselines import dynamic_plan
 from dist_attn.planner.check import check_plan
-from dist_attn.planner.cost import GroupKind
+from dist_attn.planner.costs import GroupKind
 from dist_attn.planner.flexsp import FlexSPCost, flexsp_cluster
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Plan

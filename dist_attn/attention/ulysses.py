@@ -34,6 +34,10 @@ Intervals = tuple[tuple[int, int], ...]
 Parts = list[list[Tensor]]
 
 
+#: Scores of one rank for which a chunk is worth its launches: about a millisecond of an H100.
+CHUNK_SCORES = 2**30
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What goes to each rank, and, where GPUs copy, the place for what comes, own part included."""
@@ -213,12 +217,15 @@ class Ulysses:
     def _trades(self, call: Call, device: torch.device) -> list[_Trade]:
         node = call.group.inner or call.group
         split = split_heads(len(call.work.heads), call.work.num_kv_heads, node.cp_size)
-        chunks = self.num_chunks(split, device)
+        chunks = self.num_chunks(split, call.work.expected_scores, device)
         return [_Trade(call, split.chunk(i, chunks)) for i in range(chunks)]
 
-    def num_chunks(self, split: HeadSplit, device: torch.device) -> int:
-        """In how many chunks the heads are traded."""
-        return min(self._max_chunks, split.divisible) if device.type == "cuda" else 1
+    def num_chunks(self, split: HeadSplit, scores: int, device: torch.device) -> int:
+        """In how many chunks the heads are traded, for so many scores of all heads and tokens."""
+        if device.type != "cuda":
+            return 1
+        worth = scores // len(split.q) // CHUNK_SCORES
+        return max(1, min(self._max_chunks, split.divisible, worth))
 
 
 class _Trade:

@@ -115,6 +115,14 @@ class Workload:
         return self._steps[key]
 
     @functools.cached_property
+    def expected_scores(self) -> int:
+        """Scores of these heads over the whole stream; sparse masks count as one in eight."""
+        if self._form is None:
+            return len(self.heads) * self.layout.seq_len**2 // 8
+        squares = int((np.diff(self._form.cu_seqlens).astype(np.int64) ** 2).sum())
+        return len(self.heads) * squares // (2 if self._form.causal else 1)
+
+    @functools.cached_property
     def needs(self) -> np.ndarray:
         """Whether rank r has a query that sees a key of rank s, bool [cp_size, cp_size]."""
         size = self.layout.cp_size

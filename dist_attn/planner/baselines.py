@@ -16,7 +16,7 @@ import numpy as np
 from dist_attn.config import PlannerConfig
 from dist_attn.errors import PlanError
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs
+from dist_attn.planner.costs import Costs
 from dist_attn.planner.fluid import Fluid, Groups, OpenGroup
 from dist_attn.planner.placement import place
 from dist_attn.planner.plan import Plan, SolverReport

@@ -19,7 +19,8 @@ import yaml
 
 from dist_attn.config import read_yaml
 from dist_attn.errors import ConfigError
-from dist_attn.planner.cost import CostModel, DeviceRates, FloatArray, LinkRates
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.costs import DeviceRates, FloatArray, LinkRates
 from dist_attn.planner.shape import ModelShape
 
 #: A vocabulary may be that of another tokenizer with a few more special tokens.

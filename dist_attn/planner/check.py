@@ -10,7 +10,7 @@ import numpy as np
 from dist_attn.errors import PlanError
 from dist_attn.planner.check_free import check_free
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, GroupKind
+from dist_attn.planner.costs import Costs, GroupKind
 from dist_attn.planner.plan import Group, Plan
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, FloatArray, GroupKind
+from dist_attn.planner.costs import Costs, FloatArray, GroupKind
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 
 _TOLERANCE = 1e-6

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from dist_attn.planner.cost import FloatArray
+from dist_attn.planner.costs import FloatArray
 from dist_attn.planner.fluid import Groups, OpenGroup
 from dist_attn.planner.program import Program
 

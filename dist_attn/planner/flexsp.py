@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dist_attn.planner.cluster import Cluster, Device, Link, fingerprint
-from dist_attn.planner.cost import FloatArray, GroupKind, IntArray
+from dist_attn.planner.costs import FloatArray, GroupKind, IntArray
 
 _MIB = 1 << 20
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from dist_attn.config import PlannerConfig
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, GroupKind
+from dist_attn.planner.costs import Costs, GroupKind
 from dist_attn.planner.fluid import Groups
 from dist_attn.planner.placement import ranks_of, reopen
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport

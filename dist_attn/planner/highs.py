@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from dist_attn.planner.cost import FloatArray, IntArray
+from dist_attn.planner.costs import FloatArray, IntArray
 
 _CONCLUSIVE = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible)
 

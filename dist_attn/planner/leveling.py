@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.planner.cost import FloatArray, IntArray
+from dist_attn.planner.costs import FloatArray, IntArray
 from dist_attn.planner.highs import LinearProgram, WarmProgram
 from dist_attn.planner.uneven import Terms
 

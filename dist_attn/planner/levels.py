@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from dist_attn.planner.costs import GroupKind, LinkRates
 from dist_attn.planner.shape import ModelShape
-
-if TYPE_CHECKING:
-    from dist_attn.planner.cost import GroupKind, LinkRates
 
 
 @dataclass(frozen=True)

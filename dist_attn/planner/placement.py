@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, GroupKind
+from dist_attn.planner.costs import Costs, GroupKind
 from dist_attn.planner.fluid import Groups, OpenGroup
 from dist_attn.planner.plan import Group, MicroBatch
 from dist_attn.planner.program import Program

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dist_attn.config import PlannerConfig
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import CostModel, Costs
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.costs import Costs
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.solve import plan

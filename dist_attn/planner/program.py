@@ -31,7 +31,7 @@ import numpy as np
 from dist_attn.config import PlannerConfig
 from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, FloatArray, GroupKind, IntArray
+from dist_attn.planner.costs import Costs, FloatArray, GroupKind, IntArray
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dist_attn.planner.cost import FloatArray, IntArray
+from dist_attn.planner.costs import FloatArray, IntArray
 from dist_attn.planner.highs import LinearProgram
 from dist_attn.planner.program import Program
 

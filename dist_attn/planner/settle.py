@@ -17,7 +17,7 @@ import numpy as np
 
 from dist_attn.layout import shares_of_fractions
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, FloatArray, GroupKind, IntArray
+from dist_attn.planner.costs import Costs, FloatArray, GroupKind, IntArray
 from dist_attn.planner.leveling import Sharing, level
 from dist_attn.planner.program import Program
 from dist_attn.planner.uneven import Terms, terms

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_attn.planner.cost import FloatArray
+from dist_attn.planner.costs import FloatArray
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 
 

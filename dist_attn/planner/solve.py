@@ -16,7 +16,7 @@ from dist_attn.config import PlannerConfig
 from dist_attn.errors import ConfigError, PlanError
 from dist_attn.planner.bounds import lower_bound
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs
+from dist_attn.planner.costs import Costs
 from dist_attn.planner.exact import decide
 from dist_attn.planner.fluid import Fluid, Groups, count_long
 from dist_attn.planner.placement import place

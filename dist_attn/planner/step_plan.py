@@ -21,7 +21,7 @@ import numpy as np
 
 from dist_attn.config import PlannerConfig
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs
+from dist_attn.planner.costs import Costs
 from dist_attn.planner.fluid import Fluid, OpenGroup, count_long
 from dist_attn.planner.placement import describe, reopen
 from dist_attn.planner.plan import Plan, SolverReport

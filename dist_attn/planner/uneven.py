@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.cost import Costs, FloatArray, GroupKind, IntArray
+from dist_attn.planner.costs import Costs, FloatArray, GroupKind, IntArray
 
 
 @dataclass(frozen=True)

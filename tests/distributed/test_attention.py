@@ -8,7 +8,8 @@ import torch
 
 from dist_attn.attention import attention, dispatch
 from dist_attn.attention.strategy import Local
-from dist_attn.attention.ulysses import HeadSplit, Ulysses
+from dist_attn.attention.ulysses import HeadSplit, Ulysses, split_heads
+from dist_attn.attention.workload import workload
 from dist_attn.errors import PlanError
 from dist_attn.layout import make_layout
 from dist_attn.masks import Causal, Documents
@@ -246,8 +247,22 @@ def test_ulysses_replicates_heads_only_as_far_as_needed():
 class ChunkedUlysses(Ulysses):
     """Trades heads in chunks, which on a CPU it would not."""
 
-    def num_chunks(self, split: HeadSplit, device: torch.device) -> int:
+    def num_chunks(self, split: HeadSplit, scores: int, device: torch.device) -> int:
         return min(3, split.divisible)
+
+
+def test_chunks_are_made_where_each_has_work_enough():
+    split, gpu = split_heads(32, 32, 2), torch.device("cuda")
+    long, short = (
+        workload(Causal(), make_layout("contiguous", [0, n], 2), 0, tuple(range(32)), 32)
+        for n in (32768, 8192)
+    )
+    ulysses = Ulysses(Local(), max_chunks=4)
+    assert long.expected_scores == 32 * 32768**2 // 2
+    assert ulysses.num_chunks(split, long.expected_scores, gpu) == 4
+    assert ulysses.num_chunks(split, short.expected_scores, gpu) == 1
+    assert ulysses.num_chunks(split, long.expected_scores, torch.device("cpu")) == 1
+    assert ulysses.num_chunks(split_heads(32, 2, 2), long.expected_scores, gpu) == 1
 
 
 def attend_in_chunks(case: Case, mask_name: str, layout_kind: str) -> tuple[dict, dict]:

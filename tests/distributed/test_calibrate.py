@@ -14,7 +14,7 @@ from dist_attn.errors import ConfigError
 from dist_attn.planner.calibration import Calibration
 from dist_attn.planner.cluster import local_cluster
 from dist_attn.planner.command import cost_model
-from dist_attn.planner.cost import GroupKind
+from dist_attn.planner.costs import GroupKind
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.calibrate import Extent, measure
 from dist_attn.training.calibrate_links import group_sets

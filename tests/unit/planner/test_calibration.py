@@ -16,7 +16,7 @@ from dist_attn.planner.calibration import (
     fit_memory,
     fit_transfer,
 )
-from dist_attn.planner.cost import GroupKind
+from dist_attn.planner.costs import GroupKind
 
 TRUE = (0.02, 3e-6, 5e-11)
 

@@ -7,7 +7,8 @@ from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.errors import ConfigError, PlanError
 from dist_attn.masks.layers import layer_rules, mean_area
 from dist_attn.planner.cluster import Cluster, local_cluster
-from dist_attn.planner.cost import CostModel, GroupKind
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.costs import GroupKind
 from dist_attn.planner.flexsp import FlexSPCost
 from dist_attn.planner.memory import MemoryModel, Sharding
 from tests.unit.planner.conftest import make_cluster, make_shape

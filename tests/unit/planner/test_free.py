@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from dist_attn.config import PlannerConfig
 from dist_attn.errors import PlanError
 from dist_attn.planner.check import check_plan
-from dist_attn.planner.cost import CostModel, GroupKind
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.costs import GroupKind
 from dist_attn.planner.figure import figure
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.leveling import Sharing, level

@@ -11,7 +11,8 @@ from dist_attn.config import PlannerConfig
 from dist_attn.errors import PlanError
 from dist_attn.planner.check import check_plan
 from dist_attn.planner.cluster import Cluster, fingerprint
-from dist_attn.planner.cost import CostModel, GroupKind
+from dist_attn.planner.cost import CostModel
+from dist_attn.planner.costs import GroupKind
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.solve import plan
 from tests.unit.planner.conftest import make_cluster, make_shape

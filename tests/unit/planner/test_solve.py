@@ -84,7 +84,7 @@ def _exhaustive(lengths: list[int], cost: CostModel) -> float:
 
     import numpy as np
 
-    from dist_attn.planner.cost import GroupKind
+    from dist_attn.planner.costs import GroupKind
 
     kinds = [GroupKind(1, "local"), GroupKind(2, "ring"), GroupKind(2, "ulysses")]
     everyone = (1 << len(lengths)) - 1
