@@ -76,13 +76,15 @@ class WarmProgram:
         if basis is not None:
             self._highs.setBasis(basis)
         status = self._run()
-        for presolve in ("off", "on"):
+        for presolve, solver in (("on", "ipm"), ("on", "simplex"), ("off", "simplex")):
             if status in _CONCLUSIVE:
                 break
             self._highs.clearSolver()
             self._highs.setOptionValue("presolve", presolve)
+            self._highs.setOptionValue("solver", solver)
             status = self._run()
         self._highs.setOptionValue("presolve", "off")
+        self._highs.setOptionValue("solver", "simplex")
         if status not in _CONCLUSIVE:
             raise ArithmeticError(f"HiGHS ended with {self._highs.modelStatusToString(status)}")
         if status == highspy.HighsModelStatus.kInfeasible:

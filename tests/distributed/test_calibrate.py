@@ -31,6 +31,7 @@ def run_calibration(out: str) -> Calibration:
     return measure(config, Path(out), Extent(max_tokens=256, repeats=1), runtime)
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured_and_planned_with(tmp_path: Path) -> None:
     out = tmp_path / "cpu.yaml"
     made = run_ranks(run_calibration, 2, str(out), timeout_s=100)

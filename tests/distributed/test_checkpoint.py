@@ -99,7 +99,14 @@ def resume_and_go_on(folder: str, stage: int, dtype: str) -> tuple[dict[str, Ten
 
 @pytest.mark.parametrize(
     ("stage", "dtype"),
-    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
+    [
+        (0, "fp32"),
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (2, "bf16"),
+        *(pytest.param(s, "bf16", marks=pytest.mark.slow) for s in (1, 3)),
+    ],
 )
 def test_resumes_bit_for_bit(tmp_path: Path, stage: int, dtype: str) -> None:
     expected = run_ranks(write_and_go_on, 2, str(tmp_path), stage, dtype)

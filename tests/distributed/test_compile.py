@@ -61,7 +61,12 @@ def compile_and_compare(strategy: str, windowed: bool) -> int:
 
 @pytest.mark.parametrize(
     ("strategy", "cp_size", "windowed"),
-    [("local", 1, False), ("ring", 2, False), ("ulysses", 2, True), ("ulysses+ring", 4, False)],
+    [
+        ("local", 1, False),
+        ("ring", 2, False),
+        pytest.param("ulysses", 2, True, marks=pytest.mark.slow),
+        ("ulysses+ring", 4, False),
+    ],
 )
 def test_a_compiled_layer(strategy, cp_size, windowed):
     for compilations in run_ranks(compile_and_compare, cp_size, strategy, windowed):

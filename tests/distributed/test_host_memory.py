@@ -40,7 +40,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "place",
-    ["all", *(pytest.param(p, marks=pytest.mark.slow) for p in ("one", "two", "three"))],
+    [pytest.param(p, marks=pytest.mark.slow) for p in ("all", "one", "two", "three")],
 )
 def test_learns_alike_and_resumes(plain: Path, tmp_path: Path, place: str) -> None:
     config, expected = plain / "small.yaml", losses(plain / "none")

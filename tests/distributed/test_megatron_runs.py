@@ -47,7 +47,7 @@ def deepspeed(config: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_losses_are_those_of_the_deepspeed_loop(
     config: Path, deepspeed: Path, degree: int
 ) -> None:
@@ -63,6 +63,7 @@ def test_the_losses_are_those_of_the_deepspeed_loop(
     assert farthest(found[1:], expected[:-1]) > 0.05
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_and_with_another_degree_or_engine(
     config: Path, deepspeed: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_resumes_bit_for_bit_and_with_another_degree_or_engine(
     assert farthest(losses(back), losses(deepspeed)) < 1e-4
 
 
+@pytest.mark.slow
 def test_masks_of_layers_are_carried_out(config: Path, tmp_path: Path) -> None:
     masks = "attention.masks=[{layers: [1], kind: window, window_tokens: 5}]"
     run(config, tmp_path / "deepspeed", 4, "run.steps=6", masks)

@@ -43,6 +43,7 @@ def settings_of(folder: Path, gib: float) -> list[str]:
             "planner.max_tokens_per_device=null", "engine.bucket_elements=1000"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_needs(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     lines = run_ranks(said, 2, str(config), settings_of(tmp_path / "run", 0.2), fresh=True)[0]

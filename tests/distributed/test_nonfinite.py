@@ -137,7 +137,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     "engine",
     [
         "{zero_stage: 0}", pytest.param("{zero_stage: 1}", marks=pytest.mark.slow),
-        "{zero_stage: 2}", "{zero_stage: 3}", "{name: megatron}",
+        pytest.param("{zero_stage: 2}", marks=pytest.mark.slow), "{zero_stage: 3}",
+        pytest.param("{name: megatron}", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_skipped_step_changes_no_weight_and_training_goes_on(tmp_path: Path, engine: str) -> None:

@@ -333,7 +333,7 @@ def test_padding_changes_nothing(cache: str, expected: tuple[float, dict[str, Te
             assert gradient_error <= GRADIENT_TOLERANCE, case
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2)), 3])
 def test_bf16(cache: str, expected: tuple[float, dict[str, Tensor]], stage: int) -> None:
     """Eight bits of mantissa through two layers; the control weighs a group 5% too much."""
     cases = [("2+1+1", "ring"), ("4 | 2+2 | 1", "ulysses"), ("control", "ring")]

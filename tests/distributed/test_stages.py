@@ -78,7 +78,7 @@ def test_documents_grow_at_the_steps_and_tokens_asked_for(whole: Path) -> None:
     assert any(max(Plan.load(p).lengths) > 128 for p in sorted((whole / "plans").glob("*.json")))
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [*(pytest.param(s, marks=pytest.mark.slow) for s in (2, 4)), 3])
 def test_resumes_inside_a_stage_and_at_its_boundary(
     config: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
@@ -88,6 +88,7 @@ def test_resumes_inside_a_stage_and_at_its_boundary(
     assert (folder / f"config-from-step-{step:06d}.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_megatron_grows_alike(config: Path, whole: Path, tmp_path: Path) -> None:
     run(config, tmp_path / "megatron", 2, MEGATRON)
     assert farthest(losses(tmp_path / "megatron"), losses(whole)) < 1e-4

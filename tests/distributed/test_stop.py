@@ -82,6 +82,7 @@ def test_one_signalled_rank_stops_all_of_them_and_nothing_is_lost(
     assert losses(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_auto_begins_goes_on_and_leaves_a_finished_run_alone(
     tmp_path: Path, whole: list[float]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.command import ROOT, environment
 
 
+@pytest.mark.slow
 def test_every_case_gives_a_row(tmp_path: Path) -> None:
     arguments = [
         "--out", str(tmp_path), "--model", "tiny", "--device", "cpu", "--tokens", "1024", "2048",
