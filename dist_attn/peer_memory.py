@@ -122,6 +122,8 @@ def why_no_peer_memory(ranks: tuple[int, ...], process_group: dist.ProcessGroup)
 def _refusal(ranks: tuple[int, ...]) -> str | None:
     if len(ranks) * 8 > _WORDS_BYTES:
         return "it has too many ranks"
+    if torch.cuda.device_count() < len(ranks):
+        return "its ranks do not see each other's GPUs"
     try:
         _driver()
     except (ImportError, OSError) as error:
