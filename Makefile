@@ -15,7 +15,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TESTS)
 
-# Kills, stops, stalls and long runs: too slow for every change.
+# Kills, stops, stalls, long runs, and further cases of what `make test` has: too slow for every change.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow $(TESTS)
 

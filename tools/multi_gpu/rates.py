@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from multi_gpu.attention import group_of_all
@@ -93,7 +91,6 @@ def _plain(group: CommGroup, kv: list[Tensor], half: bool = False) -> None:
         work.wait()
 
 
-def _plain_all_to_all(kv: list[Tensor]) -> Callable[[], None] | None:
+def _plain_all_to_all(kv: list[Tensor]) -> None:
     for x in kv:
         dist.all_to_all_single(torch.empty_like(x), x)
-    return None
