@@ -1,7 +1,7 @@
 """Memory of this GPU into which the other GPUs of its host copy, without a kernel on either side.
 
 NCCL's kernels take multiprocessors from the attention that should hide them, and attention kernels
-that keep one program on each multiprocessor from start to end then wait for the last one. Copy
+that keep one program on each multiprocessor from start to end may then wait for the last one. Copy
 engines take none. Each rank has, for every lane of messages, two slots that the others write into
 in turn, and words by which they tell each other that a slot is free and that a message is there;
 streams wait on these words in the GPU's front end, the host does not wait at all.
