@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -46,14 +46,13 @@ class DeepSpeedEngine:
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
-            args=None if device.index is None else SimpleNamespace(device_rank=device.index),
-            model=model,
-            optimizer=build_optimizer(model, config.optimizer, device),
-            config=_deepspeed_config(config, device),
-            dist_init_required=False,
-        )
+        with _local_rank_of(device):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer, device),
+                config=_deepspeed_config(config, device),
+                dist_init_required=False,
+            )
         #: Of the forward pass that runs.
         self._ledger: Ledger | None = None
         if self._stage == 3:
@@ -255,6 +254,21 @@ def _offload(config: Config, device: torch.device) -> dict[str, Any]:
         "offload_param": config.engine.offload_parameters,
     }
     return {key: host for key, on in wanted.items() if on}
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of the device: DeepSpeed takes it for that, here and there.
+
+    Where ranks share a device it is not.
+    """
+    before = os.environ["LOCAL_RANK"]
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
