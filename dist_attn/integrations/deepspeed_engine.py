@@ -46,13 +46,12 @@ class DeepSpeedEngine:
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
-        with _local_rank_of(device):
-            self._engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=build_optimizer(model, config.optimizer, device),
-                config=_deepspeed_config(config, device),
-                dist_init_required=False,
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer, device),
+            config=_deepspeed_config(config, device),
+            dist_init_required=False,
+        )
         #: Of the forward pass that runs.
         self._ledger: Ledger | None = None
         if self._stage == 3:
@@ -256,26 +255,15 @@ def _offload(config: Config, device: torch.device) -> dict[str, Any]:
     return {key: host for key, on in wanted.items() if on}
 
 
-@contextlib.contextmanager
-def _local_rank_of(device: torch.device) -> Iterator[None]:
-    """Let LOCAL_RANK be the number of the device: DeepSpeed takes it for that, here and there.
-
-    Where ranks share a device it is not.
-    """
-    before = os.environ["LOCAL_RANK"]
-    if device.index is not None:
-        os.environ["LOCAL_RANK"] = str(device.index)
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = before
-
-
 def _prepare_deepspeed(device: torch.device) -> None:
-    """Choose the accelerator, and keep DeepSpeed from compiling C++ for CPU ranks.
+    """Choose the accelerator and the device, and keep DeepSpeed from compiling C++ for CPU ranks.
 
     Its shared-memory collectives would take a minute and a half to build before the first step.
+    It takes LOCAL_RANK for the number of the device, in every step: where ranks share one, it is
+    not, and has to become that.
     """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
     if get_accelerator().device_name() != device.type:
         set_accelerator(CPU_Accelerator() if device.type == "cpu" else CUDA_Accelerator())
     if device.type == "cpu":
