@@ -17,7 +17,7 @@ from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model, model_frequencies
-from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan

@@ -25,8 +25,8 @@ from dist_attn.integrations.hf import build_model
 from dist_attn.layout import shares_of_fractions
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.cluster import local_cluster
-from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
 from dist_attn.planner.shape import ModelShape
