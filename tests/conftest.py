@@ -22,7 +22,7 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 TESTS = Path(__file__).parent
-IN_RANKS = ("distributed", "gpu", "multigpu")
+IN_RANKS = ("distributed", "e2e", "gpu", "multigpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before workers write the groups into the names of tests
