@@ -52,7 +52,8 @@ def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None
     config = small_config(tmp_path)
     whole = tmp_path / "whole"
     # What nothing happens to needs no command of its own.
-    assert run_ranks(training, 2, str(config), [WIDER, f"run.dir={whole}"]) == ["done"] * 2
+    alone = [WIDER, f"run.dir={whole}"]
+    assert run_ranks(training, 2, str(config), alone, timeout_s=120) == ["done"] * 2
 
     code, err = killed_in_mid_step(config, tmp_path / "run", after_steps=6)
     assert code == 137
@@ -75,7 +76,8 @@ def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None
 
     # On another number of ranks and ZeRO stage from an older checkpoint: equal to rounding.
     other = ["engine.zero_stage=3", "planner.max_tokens_per_device=200", "planner.degrees=all"]
-    assert run_ranks(training, 3, str(config), other, "step-000004") == ["done"] * 3
+    three = run_ranks(training, 3, str(config), other, "step-000004", timeout_s=120)
+    assert three == ["done"] * 3
     again = losses(tmp_path / "run")
     assert max(abs(a - b) for a, b in zip(again, losses(whole), strict=True)) < 1e-4
     assert again != losses(whole)
