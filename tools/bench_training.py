@@ -35,8 +35,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.cluster import SPEC_SHEETS, local_cluster
-from dist_attn.planner.command import layer_rules_of
-from dist_attn.planner.fitting import memory_of, planning_problem_of
+from dist_attn.planner.fitting import layer_rules_of, memory_of, planning_problem_of
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.problem import PlanningProblem

@@ -38,9 +38,9 @@ from dist_attn.planner.calibration import (
     fit_transfer,
 )
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.command import derived_costs, layer_rules_of
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.costs import GroupKind
+from dist_attn.planner.fitting import derived_costs, layer_rules_of
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.calibrate_links import LinkPoint, group_sets, measure_links
 from dist_attn.training.probe import Probe, Probed

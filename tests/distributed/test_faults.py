@@ -211,7 +211,8 @@ def training_and_counting(config: str, overrides: list[str], every: int) -> list
 @pytest.mark.timeout(1800)
 def test_two_thousand_steps_grow_nothing(tmp_path: Path) -> None:
     config = str(small_config(tmp_path))
-    long = ["logging.tensorboard=true", "run.steps=2000", "checkpoint.every_steps=100"]
+    pictures = "logging={tensorboard: true, plan_picture_every_steps: 6}"
+    long = [pictures, "run.steps=2000", "checkpoint.every_steps=100"]
     ranks = run_ranks(training_and_counting, 4, config, long, 100, fresh=True, timeout_s=1500)
     text = "KiB, open files, threads, groups; rank by rank\n" + "\n".join(map(str, ranks))
     (tmp_path / "counts.txt").write_text(text)

@@ -31,7 +31,7 @@ from tests.ranks import Outcome, run_ranks, run_ranks_to_the_end
 logger = logging.getLogger(__name__)
 
 OVERRIDES = [
-    "planner.max_tokens_per_device=256", "logging.tensorboard=false", "checkpoint.every_steps=3",
+    "planner.max_tokens_per_device=256", "checkpoint.every_steps=3",
 ]  # fmt: skip
 RANKS = 3
 #: A rank that does not move for so long is given up. Longer than a step on a busy machine.

@@ -27,7 +27,7 @@ planner: {max_tokens_per_device: 128}
 engine: {zero_stage: 2}
 optimizer: {lr: 0.01}
 checkpoint: {every_steps: 4, keep: 3}
-logging: {plan_picture_every_steps: 6}
+logging: {tensorboard: false}
 """
 
 
@@ -67,7 +67,13 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def run(*arguments: str | Path, timeout_s: float = 200.0) -> subprocess.CompletedProcess[str]:
     """Run a command of `dist-attn` to its end."""
-    process = start(*arguments)
+    return finish(start(*arguments), timeout_s)
+
+
+def finish(
+    process: subprocess.Popen[str], timeout_s: float = 200.0
+) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a command that was started."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
