@@ -40,6 +40,7 @@ from dist_attn_kernels.block_sparse_hopper_parts import (
 from dist_attn_kernels.gluon_compat import reinterpret, tma_load
 from dist_attn_kernels.lists import BlockLists
 
+
 @gluon.jit
 def load_partition(
     loads, REPEAT: gl.constexpr, TOGETHER: gl.constexpr, GROUP: gl.constexpr,
@@ -53,9 +54,7 @@ def load_partition(
     count = 0
     turn = 0
     index = gl.program_id(0)
-    head, _, row, first, steps, _, _ = load_item(
-        rows_ptr, index, num_items, REPEAT, TOGETHER, 128
-    )
+    head, _, row, first, steps, _, _ = load_item(rows_ptr, index, num_items, REPEAT, TOGETHER, 128)
     block0, block1 = step_blocks(blocks_ptr, first, 128)
     while index < num_items:
         index = post_item(counter_ptr, board, posted, turn, 1, 0)

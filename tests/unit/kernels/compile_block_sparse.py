@@ -3,7 +3,7 @@
     python compile_block_sparse.py 80|90
 
 Ampere gets the Triton kernels, Hopper those in Gluon. Prints one line a kernel: name, whether
-it works on pairs of neighbouring blocks, matrix unit, shared memory, what the assembler complains of.
+it works on pairs of neighbouring blocks, matrix unit, shared memory, what the assembler says.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def compile_all(lists: BlockLists, arch: int) -> None:
 
         for module in (forward, mates, dkv, dq):
             module.num_multiprocessors = lambda index: 132
-        (forward if lists.narrow is None else mates).forward((q, k, v), (out, lse), lists, call.scale)
+        (forward if lists.narrow is None else mates).forward(
+            (q, k, v), (out, lse), lists, call.scale
+        )
         stats = torch.zeros(2, 2, num_blocks(length) * 64)
         tensors = (q, k, v, out, stats[0], stats[1])
         dkv.key_gradients(tensors, k, v, lists, call.scale)
