@@ -1,4 +1,7 @@
-"""Kernels that the benchmark times: ours and those of others, where they are importable."""
+"""Kernels that the benchmark times: ours and those of others, where they are importable.
+
+flash-attn-4 is a wheel; DKernel is a folder of github.com/linxihui/dkernel, to be put on the path.
+"""
 
 from __future__ import annotations
 
@@ -140,16 +143,21 @@ def flash4() -> Interface:
     return found
 
 
+def check_causal(tiles: Tiles) -> None:
+    """Refuse masks that are more than causal inside their blocks."""
+    assert tiles.intervals is not None
+    low, high = tiles.intervals[0, :2].cpu()
+    if low.any() or not torch.equal(high, torch.arange(1, tiles.q_len + 1, dtype=high.dtype)):
+        raise ValueError("this peer's rule inside partial blocks is causal only")
+
+
 def flash4_blocks(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
     """flash-attn-4 on blocks of 128, for masks that are causal inside partial blocks."""
     interface = flash4()
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from kernel_bench.causal_rule import causal_rule
 
-    assert tiles.intervals is not None
-    low, high = tiles.intervals[0, :2].cpu()
-    if low.any() or not torch.equal(high, torch.arange(1, tiles.q_len + 1, dtype=high.dtype)):
-        raise ValueError("this peer's rule inside partial blocks is causal only")
+    check_causal(tiles)
     size = (128, 128)
     by_query, by_key = (
         BlockSparseTensorsTorch(*some, *whole, block_size=size)
@@ -173,6 +181,26 @@ def flash4_blocks(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
     return forward, backward
 
 
+def dkernel(tiles: Tiles, inputs: list[Tensor], case: Case) -> Any:
+    """S2-Attention's own kernels (github.com/linxihui/dkernel), on blocks of 64."""
+    from dkernel import SparseAttention
+
+    check_causal(tiles)
+    num = -(-tiles.q_len // BLOCK)
+    pattern = torch.zeros(case.heads, num, num, dtype=torch.uint8, device="cuda")
+    pattern[tiles.heads, tiles.q_blocks, tiles.k_blocks] = 1
+    attention = SparseAttention(BLOCK, pattern, seq_dim=1).to("cuda")
+    q, k, v = (t[None].detach().requires_grad_() for t in inputs[:3])
+    dout = inputs[3][None]
+    out = attention(q, k, v)
+
+    def backward() -> Any:
+        grads = torch.autograd.grad(out, [q, k, v], dout, retain_graph=True)
+        return [g[0] for g in grads]
+
+    return lambda: (attention(q, k, v).detach()[0], None), backward
+
+
 def documents(tiles: Tiles) -> tuple[int, ...]:
     """Boundaries of the causal documents that a mask consists of."""
     assert tiles.intervals is not None
@@ -187,6 +215,7 @@ PEERS: dict[str, Peer] = {
     "triton": ours("triton"),
     "flex": flex,
     "fa2-packed": packed("fa2"),
+    "dkernel": dkernel,
     "flash4-packed": packed("flash4"),
     "flash4-blocks": flash4_blocks,
     "fa2-dense": sdpa("fa2"),
