@@ -110,7 +110,7 @@ def tried(name: str, peer: str, clocks: Clocks) -> dict[str, Any]:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(CASES)[:9], choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES)[:11], choices=list(CASES))
     parser.add_argument("--peers", nargs="+", default=["hopper", "triton"], choices=list(PEERS))
     parser.add_argument("--also", nargs="+", default=[], metavar="CASE:PEER", help="pairs beside")
     parser.add_argument("--json", help="write every figure here")

@@ -75,6 +75,8 @@ CASES: dict[str, Case] = {
     "window-128k": Case(lambda: plain(128 * K, 4096)),
     "random-32k": Case(lambda: at_random(32 * K, 64), block=64),
     "random-32k-128": Case(lambda: at_random(32 * K, 128)),
+    "random-128k": Case(lambda: at_random(128 * K, 64), block=64),
+    "random-128k-128": Case(lambda: at_random(128 * K, 128)),
     "causal-32k": Case(lambda: plain(32 * K)),
 }
 CASES |= {f"s2-128k-stride{n}": s2(128 * K, 64, n) for n in (8, 32, 64, 128, 256)}

@@ -11,17 +11,16 @@ from typing import Any
 
 import triton
 
-#: Runs of which a median is taken, at the least, and milliseconds that they last, at the least.
-MIN_RUNS, MIN_MS = 11, 150
+#: Runs of which a median is taken, at the least; milliseconds that they last, at the least and most.
+MIN_RUNS, MIN_MS, MAX_MS = 11, 150, 3000
 
 
 def time_ms(fn: Callable[[], Any]) -> float:
-    """Median of repeated runs, by device events; long ones are repeated as often as short ones."""
+    """Median of repeated runs, by device events."""
     once = float(triton.testing.do_bench(fn, warmup=1, rep=1, return_mode="median"))
+    lasting = min(max(MIN_MS, MIN_RUNS * once), MAX_MS)
     return float(
-        triton.testing.do_bench(
-            fn, warmup=max(30, 2 * once), rep=max(MIN_MS, MIN_RUNS * once), return_mode="median"
-        )
+        triton.testing.do_bench(fn, warmup=max(30, 2 * once), rep=lasting, return_mode="median")
     )
 
 
