@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-#: Runs of which a median is taken, at the least; milliseconds that they last, at the least and most.
+#: Runs of which a median is taken, at least; milliseconds that they last, at least and at most.
 MIN_RUNS, MIN_MS, MAX_MS = 11, 150, 3000
 
 
