@@ -88,7 +88,9 @@ def block_sparse_forward(
     if lists.rows.shape[0]:
         with torch.cuda.device_of(q_THD):
             if call.hopper:
-                _hopper_forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call)
+                from dist_attn_kernels import block_sparse_hopper  # noqa: PLC0415
+
+                block_sparse_hopper.forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call.scale)
             else:
                 _triton_forward((q_THD, k_TKD, v_TKD), (out, lse), lists, call)
     return out, lse
@@ -337,15 +339,6 @@ def _triton_backward(
         LOOP=1 if per_query_head else call.group,
         **common, **_launch(call, q, "backward"),
     )  # fmt: skip
-
-
-def _hopper_forward(
-    qkv: tuple[Tensor, ...], results: tuple[Tensor, Tensor], lists: BlockLists, call: _Call
-) -> None:
-    from dist_attn_kernels import block_sparse_hopper, block_sparse_hopper_mates  # noqa: PLC0415
-
-    kernel = block_sparse_hopper if lists.narrow is None else block_sparse_hopper_mates
-    kernel.forward(qkv, results, lists, call.scale)
 
 
 def _hopper_backward(

@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from dist_attn_kernels.block_sparse_hopper_parts import (
     LOG2_E,
     heads_together,
-    load_pair,
     num_multiprocessors,
     panels,
+    place_item,
     post_item,
     read_item,
     score_mask,
@@ -35,6 +35,25 @@ from dist_attn_kernels.block_sparse_hopper_parts import (
 )
 from dist_attn_kernels.gluon_compat import reinterpret, tma_load, tma_store
 from dist_attn_kernels.lists import BlockLists
+
+
+@gluon.jit
+def load_column(cols_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
+    """Head, both key blocks, first entry, entries, first kind, masked entries of an item."""
+    place, head_in_mask = place_item(index, num_items, REPEAT, TOGETHER)
+    item = cols_ptr + place * 7
+    head = gl.load(item) * REPEAT + head_in_mask
+    block0 = gl.load(item + 1)
+    block1 = gl.load(item + 2)
+    return (
+        head,
+        block0,
+        block1,
+        gl.load(item + 3),
+        gl.load(item + 4),
+        gl.load(item + 5),
+        gl.load(item + 6),
+    )
 
 
 @gluon.jit
@@ -59,13 +78,13 @@ def load_partition(
     count = 0
     turn = 0
     index = gl.program_id(0) * WALKERS + SIDE
-    kv_head, block0, block1, first, steps, _, _ = load_pair(
+    kv_head, block0, block1, first, steps, _, _ = load_column(
         cols_ptr, index, num_items, REPEAT, TOGETHER
     )
     entry = gl.load(entries_ptr + first)
     while index < num_items:
         index = post_item(counter_ptr, board, posted, turn, WALKERS, SIDE)
-        kv_head_, block0_, block1_, first_, steps_, _, _ = load_pair(
+        kv_head_, block0_, block1_, first_, steps_, _, _ = load_column(
             cols_ptr, index, num_items, REPEAT, TOGETHER
         )
         kv_at = turn % PLACES
@@ -149,13 +168,13 @@ def compute_partition(
     count = 0
     turn = 0
     index = gl.program_id(0) * (2 if NARROW else 1) + OWN
-    kv_head, block0, block1, first, steps, first_kind, masked = load_pair(
+    kv_head, block0, block1, first, steps, first_kind, masked = load_column(
         cols_ptr, index, num_items, REPEAT, TOGETHER
     )
     while index < num_items:
         kv_at = turn % PLACES
         index = read_item(board, posted, turn, OWN)
-        kv_head_, block0_, block1_, first_, steps_, first_kind_, masked_ = load_pair(
+        kv_head_, block0_, block1_, first_, steps_, first_kind_, masked_ = load_column(
             cols_ptr, index, num_items, REPEAT, TOGETHER
         )
         k = k_view.index(kv_at * 2 + SIDE)

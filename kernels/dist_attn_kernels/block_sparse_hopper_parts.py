@@ -22,11 +22,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dist_attn_kernels.gluon_compat import tma_load, tma_store
+from dist_attn_kernels.gluon_compat import tma_load
 from dist_attn_kernels.lists import BLOCK
 
 LOG2_E = 1.4426950408889634
-LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -117,25 +116,6 @@ def load_item(
 
 
 @gluon.jit
-def load_pair(pairs_ptr, index, num_items, REPEAT: gl.constexpr, TOGETHER: gl.constexpr):
-    """Head, both blocks, first entry, entries, first kind, masked entries of an item."""
-    place, head_in_mask = place_item(index, num_items, REPEAT, TOGETHER)
-    item = pairs_ptr + place * 7
-    head = gl.load(item) * REPEAT + head_in_mask
-    block0 = gl.load(item + 1)
-    block1 = gl.load(item + 2)
-    return (
-        head,
-        block0,
-        block1,
-        gl.load(item + 3),
-        gl.load(item + 4),
-        gl.load(item + 5),
-        gl.load(item + 6),
-    )
-
-
-@gluon.jit
 def load_step(
     desc, ring, stage, block0, block1, col, bar, D: gl.constexpr, WIDTH: gl.constexpr
 ):  # fmt: skip
@@ -195,32 +175,6 @@ def start_product(
     right = view.index(stage).permute((1, 0))
     zero = gl.zeros([64, WIDTH], gl.float32, MMA)
     return hopper.warpgroup_mma(left, right, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def softmax_step(s, top, scale_log2):
-    """Probabilities against the new running maximum, and the factor for what came before."""
-    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
-    safe = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(safe, 1))
-    alpha = gl.exp2(top - safe)
-    return p, alpha, new_top
-
-
-@gluon.jit
-def store_rows(
-    out_desc, lse_ptr, acc, total, top, place, ring, panel, row, rows, q_len, col,
-    D: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
-    """Send 64 finished queries of a head, by TMA from `place` in shared memory, and their lse."""
-    none = total == 0.0
-    lse = gl.where(none, float("-inf"), (top + gl.log2(total)) * LN_2)
-    gl.store(lse_ptr + rows, lse, mask=rows < q_len)
-    factor = gl.convert_layout(1.0 / gl.where(none, 1.0, total), ROW)
-    place.store((acc * gl.expand_dims(factor, 1)).to(place.dtype))
-    hopper.fence_async_shared()
-    for p in gl.static_range(D // 64):
-        tma_store(out_desc, [row, col + p * 64], ring.index(panel * (D // 64) + p))
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_attn_kernels.mates import mate_tables
-
 BLOCK = 64
 ROW_QUERIES = 2 * BLOCK
 EMPTY, FULL, INTERVAL, BITS = 0, 1, 2, 3
@@ -65,7 +63,6 @@ class NarrowLists:
     rows [R, 6]: mask head, query block, first step, steps, first kind, masked steps.
     row_blocks [S]: the key block of a step. row_kinds [M]: the kind of a masked step.
     cols [C, 7], col_entries [E], col_kinds [N, 2]: as in `BlockLists`, with the key block twice.
-    mates [I, 7], mate_steps [S], mate_kinds [M, 2]: pairs of query blocks, see `mates.mate_tables`.
     """
 
     rows: Tensor
@@ -74,9 +71,6 @@ class NarrowLists:
     cols: Tensor
     col_entries: Tensor
     col_kinds: Tensor
-    mates: Tensor
-    mate_steps: Tensor
-    mate_kinds: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,8 +129,7 @@ class BlockLists:
         tables = [self.rows, self.row_blocks, self.row_kinds, self.cols, self.col_entries]
         tables += [self.col_kinds, self.intervals] + ([] if self.bits is None else [self.bits])
         if self.narrow is not None:
-            tables += [*self.walked_rows, *self.walked_cols, self.narrow.mates]
-            tables += [self.narrow.mate_steps, self.narrow.mate_kinds]
+            tables += [*self.walked_rows, *self.walked_cols]
         return sum(t.numel() * t.element_size() for t in tables)
 
 
@@ -344,7 +337,6 @@ def _narrow(
     tables = [
         row_table[row_order], row_blocks, row_kinds[row_kinds != FULL],
         col_table[col_order], entries, torch.stack([col_kinds, col_kinds], 1),
-        *mate_tables(coords, (num_q, num_k)),
     ]  # fmt: skip
     return NarrowLists(*(t.to(torch.int32).contiguous() for t in tables))
 

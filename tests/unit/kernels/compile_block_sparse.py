@@ -3,7 +3,7 @@
     python compile_block_sparse.py 80|90
 
 Ampere gets the Triton kernels, Hopper those in Gluon. Prints one line a kernel: name, whether
-it works on pairs of neighbouring blocks, matrix unit, shared memory, what the assembler says.
+items are pairs of blocks, matrix unit, shared memory, what the assembler complains of.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def report(kernel: JITFunction, arch: int, args: tuple, names: dict[str, Any]) -
         log = subprocess.run(call, capture_output=True, text=True, check=True).stderr
     complaints = [line.split(":")[1].strip() for line in log.splitlines() if "(C75" in line]
     unit = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
-    single = names.get("NARROW") or kernel.__name__ == "mates_kernel"
-    items = "single" if single else "pairs"
+    items = "single" if names.get("NARROW") else "pairs"
     sys.stdout.write(f"{kernel.__name__} {items} {unit} {made.metadata.shared} {complaints}\n")
 
 
@@ -88,13 +87,10 @@ def compile_all(lists: BlockLists, arch: int) -> None:
         from dist_attn_kernels import block_sparse_hopper as forward
         from dist_attn_kernels import block_sparse_hopper_dkv as dkv
         from dist_attn_kernels import block_sparse_hopper_dq as dq
-        from dist_attn_kernels import block_sparse_hopper_mates as mates
 
-        for module in (forward, mates, dkv, dq):
+        for module in (forward, dkv, dq):
             module.num_multiprocessors = lambda index: 132
-        (forward if lists.narrow is None else mates).forward(
-            (q, k, v), (out, lse), lists, call.scale
-        )
+        forward.forward((q, k, v), (out, lse), lists, call.scale)
         stats = torch.zeros(2, 2, num_blocks(length) * 64)
         tensors = (q, k, v, out, stats[0], stats[1])
         dkv.key_gradients(tensors, k, v, lists, call.scale)
