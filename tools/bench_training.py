@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from training_bench.corpus import RandomCorpus
 
 from dist_attn.config import Config, validate
 from dist_attn.data import Corpus
@@ -81,21 +82,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.tokens // 1024}K {self.mask}"
-
-
-class RandomCorpus:
-    """Documents of random tokens: what the loop asks of a corpus."""
-
-    def __init__(self, lengths: list[int], vocab_size: int) -> None:
-        self.lengths = np.array(lengths, np.int64)
-        self.loss_weights = None
-        self._vocab_size = vocab_size
-
-    def check(self) -> None:
-        """There are no files that could change."""
-
-    def gather(self, documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return (documents * 7919 + positions * 104729) % 1000003 % self._vocab_size
 
 
 class Bench:
