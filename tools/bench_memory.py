@@ -3,8 +3,8 @@
     tools/bench_memory.py --out DIR [--cases NAME ...] [--tokens 32768]
 
 Every way of saving memory, by both engines, on a Llama of 0.2B parameters. Each case takes two
-steps of half the tokens and two of all of them, so that what grows with tokens can be told from what
-does not. Writes DIR/bench_memory.json; the table comes last.
+steps of half the tokens and two of all of them, to tell what grows with tokens from what does not.
+Writes DIR/bench_memory.json; the table comes last.
 """
 
 from __future__ import annotations
