@@ -176,7 +176,8 @@ class Bench:
             "micro_batches": len(plan.micro_batches), "recompute": recompute,
             "step_s": median, "steps_s": seconds, **phases,
             "predicted_s": plan.predicted_s, "calibrated_s": calibrated,
-            "tokens_per_s": sum(lengths) / median, "mfu": flops / median / self.peak_flops, "model_tflop": flops / 1e12,
+            "tokens_per_s": sum(lengths) / median, "mfu": flops / median / self.peak_flops,
+            "model_tflop": flops / 1e12,
             "peak_gib": self.peak_gib(), **self.predicted_memory(config, problem, plan),
         }  # fmt: skip
         if case.mask == "s2":

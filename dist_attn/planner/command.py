@@ -146,7 +146,7 @@ def derived_costs(
     cost = CostModel.derive(
         shape,
         cluster,
-        Sharding.from_config(config, shape),
+        Sharding.from_config(config, shape, cluster),
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )

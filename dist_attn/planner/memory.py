@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dist_attn.config import Config
+from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.peers import slot_bytes_per_token
 from dist_attn.planner.shape import ModelShape
 
 GIB = 1 << 30
@@ -17,6 +19,8 @@ GIB = 1 << 30
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 #: Workspaces of matrix products, attention kernels and gradients of single parameters.
 _WORKSPACE_BYTES = 160 << 20
+#: The part that is messages of other GPUs; torch's allocator does not count it.
+SLOTS = "peer slots"
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,14 @@ class Sharding:
     offload_parameters: bool = False
     #: Parameters that are trained; None: all.
     trained_parameters: int | None = None
+    #: Of a group whose GPUs copy to each other.
+    slot_bytes_per_token: int = 0
 
     @classmethod
-    def from_config(cls, config: Config, shape: ModelShape) -> Sharding:
-        """Read it from a run's configuration."""
+    def from_config(
+        cls, config: Config, shape: ModelShape, cluster: Cluster | None = None
+    ) -> Sharding:
+        """Read it from a run's configuration; messages' slots are those of a cluster."""
         return cls(
             zero_stage=config.engine.zero_stage,
             engine=config.engine.name,
@@ -44,6 +52,7 @@ class Sharding:
             offload_optimizer=config.engine.offload_optimizer,
             offload_parameters=config.engine.offload_parameters,
             trained_parameters=adapter_parameters(config, shape),
+            slot_bytes_per_token=slot_bytes_per_token(config.attention, shape, cluster),
         )
 
 
@@ -102,6 +111,7 @@ class MemoryModel:
         weight = shape.vocab_size * shape.hidden_size
         if sharding.trained_parameters is not None:
             weight = 0  # frozen: no gradient
+        slots = ((SLOTS, sharding.slot_bytes_per_token),)
         loss = Moment(
             "the loss",
             (
@@ -109,15 +119,20 @@ class MemoryModel:
                 ("workspace", _WORKSPACE_BYTES),
             ),
             # The last norm's input and output, and the gradient of that.
-            (("activations", kept + shared), ("loss", 3 * c)),
+            (("activations", kept + shared), ("loss", 3 * c), *slots),
         )
         work, tile = _work(shape)
         backward = Moment(
             "the backward",
             (("layer at work", tile), ("workspace", _WORKSPACE_BYTES)),
-            (("activations", kept + shared), ("layer at work", work + c)),
+            (("activations", kept + shared), ("layer at work", work + c), *slots),
         )
         return cls(_static(shape, world_size, sharding), (loss, backward))
+
+    @property
+    def slot_bytes_per_token(self) -> int:
+        """Of each group in which a rank works."""
+        return dict(self.moments[0].per_token)[SLOTS]
 
     @property
     def static_bytes(self) -> int:

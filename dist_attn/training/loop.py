@@ -344,7 +344,7 @@ class _Run:
             _check(reporter)
 
     def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
-        memory = memory_gib(self._runtime.device)
+        memory = memory_gib(self._runtime.device) + self._pool.peer_bytes / GIB
         mine = _RankReport(seconds, result, memory, self._stop.signal_name)
         return self._runtime.gather(mine)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dist_attn.config import Config, validate
-from dist_attn.planner.cluster import GIB, local_cluster
+from dist_attn.planner.cluster import GIB, Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.fitting import memory_of, planning_problem_of, smallest_change
 from dist_attn.planner.memory import MemoryModel, Sharding
@@ -76,6 +76,27 @@ def test_activations_by_hand() -> None:
     # Two inputs are on their way at a time, whatever the layers.
     found = MemoryModel.of(host, 1, Sharding(2)).moments[1].per_token[0][1]
     assert found == pytest.approx(2 * c + rest, abs=20)
+
+
+def test_slots_for_other_gpus_by_hand() -> None:
+    """Two slots of each lane: keys and values in bf16, and twice their gradients in float32."""
+    shape, two = shape_of(), local_cluster(2, [H100] * 2, 2)
+
+    def slots(cluster: Cluster | None = two, **attention: Any) -> int:
+        config = config_of({}, attention=attention)
+        found = MemoryModel.of(shape, 2, Sharding.from_config(config, shape, cluster))
+        assert found.bytes_at(5) - found.bytes_at(4) >= found.slot_bytes_per_token
+        return found.slot_bytes_per_token
+
+    ring = 2 * (2 * 8 * 128) * (2 + 4 + 4)
+    traded = 2 * (16 + 2 * 8) * 128 * 4
+    assert slots(strategies=["ring"]) == slots(strategies=["gather"]) == ring
+    assert slots(strategies=["ulysses"]) == slots(strategies=["ulysses+ring"]) == traded
+    assert slots(strategies=["ring", "ulysses"]) == max(ring, traded)
+    assert slots(copy_engines=False) == 0
+    assert slots(None) == 0
+    assert slots(local_cluster(1, [H100], 1)) == slots(local_cluster(2, [H100] * 2, 1)) == 0
+    assert slots(local_cluster(2, ["cpu"] * 2, 2)) == 0
 
 
 def test_the_planner_and_the_statement_are_of_one_model() -> None:
