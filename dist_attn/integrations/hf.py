@@ -88,7 +88,7 @@ class _LossHead(nn.Module):
         if linear.bias is not None:
             raise ConfigError("a vocabulary projection with a bias is not supported")
         self.weight: Tensor = linear.weight
-        self._loss = loss
+        self._loss: LossFunction = loss
 
     def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         weights = None if weights is None else weights.flatten()

@@ -112,14 +112,15 @@ class MemoryModel:
         if sharding.trained_parameters is not None:
             weight = 0  # frozen: no gradient
         slots = ((SLOTS, sharding.slot_bytes_per_token),)
+        # Of every token the last norm's input and output, and the gradient of that.
+        logits, per_token = 8 * shape.loss_chunk_tokens * shape.vocab_size, 3 * c
+        if shape.fused_loss:
+            # Liger's chunks have logits as large as all hidden states, or twice so.
+            logits, per_token = 0, 5 * c
         loss = Moment(
             "the loss",
-            (
-                ("loss", (4 + e) * weight + 8 * shape.loss_chunk_tokens * shape.vocab_size),
-                ("workspace", _WORKSPACE_BYTES),
-            ),
-            # The last norm's input and output, and the gradient of that.
-            (("activations", kept + shared), ("loss", 3 * c), *slots),
+            (("loss", (4 + e) * weight + logits), ("workspace", _WORKSPACE_BYTES)),
+            (("activations", kept + shared), ("loss", per_token), *slots),
         )
         work, tile = _work(shape)
         backward = Moment(

@@ -78,6 +78,25 @@ def test_activations_by_hand() -> None:
     assert found == pytest.approx(2 * c + rest, abs=20)
 
 
+def test_the_loss_by_hand() -> None:
+    """Logits of a chunk in float32, twice; Liger's are bf16, as many bytes as hidden states."""
+    shape = shape_of(kernels="torch", loss="torch", loss_chunk_tokens=4096)
+    constant, per_token = (dict(x) for x in _loss_moment(shape))
+    assert constant["loss"] == 6 * 2048 * 32000 + 2 * 4 * 4096 * 32000
+    assert per_token["loss"] == 3 * 2048 * 2
+    fused = shape_of(kernels="torch", loss="liger")
+    constant, per_token = (dict(x) for x in _loss_moment(fused))
+    assert constant["loss"] == 6 * 2048 * 32000
+    # 32,768 tokens: sixteen chunks of 2,048, so many as the vocabulary is wider than the model.
+    assert 2048 * 32000 * 2 <= 32768 * (per_token["loss"] - 3 * 2048 * 2) <= 2.1 * 2048 * 32000 * 2
+
+
+def _loss_moment(shape: ModelShape) -> tuple[Any, Any]:
+    moment = MemoryModel.of(shape, 1, Sharding(2)).moments[0]
+    assert moment.name == "the loss"
+    return moment.constant, moment.per_token
+
+
 def test_slots_for_other_gpus_by_hand() -> None:
     """Two slots of each lane: keys and values in bf16, and twice their gradients in float32."""
     shape, two = shape_of(), local_cluster(2, [H100] * 2, 2)
