@@ -82,6 +82,8 @@ class Measured:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
+        #: What the cases before have left.
+        self.before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         changes = CASES[name]
         model = MODEL if self.device.type == "cuda" else TINY
         engine = {"bucket_elements": 20_000_000, **changes.get("engine", {})}
@@ -121,12 +123,14 @@ class Measured:
         between = measured = 0
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            between, measured = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            between = torch.cuda.memory_allocated() - self.before
+            measured = torch.cuda.max_memory_allocated() - self.before
         parts = {k: v / GIB for k, v in memory.parts(tokens).items()}
         return {
             "tokens": tokens, "measured_gib": measured / GIB, "between_gib": between / GIB,
             "predicted_gib": memory.bytes_at(tokens) / GIB,
             "static_gib": memory.static_bytes / GIB, "parts_gib": parts,
+            "left_gib": self.before / GIB,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -137,14 +141,20 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Peaks of half the tokens and of all; none where the case fails."""
     found: list[dict[str, Any]] = []
     try:
-        case = Measured(name, args)
-        found = [case.peak(n) for n in (args.tokens // 2, args.tokens)]
-        case.close()
+        found = _peaks(name, args)
     except Exception:  # the other cases are worth their time
         print(f"{name}: failed\n{traceback.format_exc()[-1500:]}", flush=True)
-    gc.collect()
+    for _ in range(2):  # what finalizers let go of, too
+        gc.collect()
     if args.device == "cuda":
         torch.cuda.empty_cache()
+    return found
+
+
+def _peaks(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    case = Measured(name, args)
+    found = [case.peak(n) for n in (args.tokens // 2, args.tokens)]
+    case.close()
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -46,14 +47,14 @@ class DeepSpeedEngine:
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
-            args=None if device.index is None else SimpleNamespace(device_rank=device.index),
-            model=model,
-            optimizer=build_optimizer(model, config.optimizer, device),
-            config=_deepspeed_config(config, device),
-            dist_init_required=False,
-        )
+        with _device_number(device):
+            self._engine, *_ = deepspeed.initialize(
+                args=None if device.index is None else SimpleNamespace(device_rank=device.index),
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer, device),
+                config=_deepspeed_config(config, device),
+                dist_init_required=False,
+            )
         #: Of the forward pass that runs.
         self._ledger: Ledger | None = None
         if self._stage == 3:
@@ -247,6 +248,23 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             **_offload(config, device),
         },
     }
+
+
+@contextlib.contextmanager
+def _device_number(device: torch.device) -> Iterator[None]:
+    """Let DeepSpeed find the device's number where it looks for it; ranks may share a device."""
+    if device.index is None:
+        yield
+        return
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _offload(config: Config, device: torch.device) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class MemoryModel:
     A layer keeps, per token and beside what recomputation spares: its input, the outputs of its two
     norms and of its first half, rotated queries, keys, values, attention's output and normaliser,
     and three tensors of the MLP; torch's own kernels (`shape.fused` false) also a float32 copy in
-    each norm and a fourth tensor of the MLP.
+    each norm and a fourth tensor of the MLP. Megatron's keep no copy in norms, but queries, keys
+    and values before their rotation in one tensor, sines and cosines, and five tensors of the MLP.
     """
 
     static: tuple[tuple[str, int], ...]
@@ -105,6 +106,7 @@ class MemoryModel:
             world_size: ranks over which ZeRO divides.
             sharding: how.
         """
+        shape = replace(shape, megatron=sharding.engine == "megatron")
         c, e = shape.hidden_size * shape.bytes_per_element, shape.bytes_per_element
         kept = shape.num_layers * kept_bytes_per_token(shape)
         shared = 2 * shape.head_dim * (4 if shape.fused else e) + 40
@@ -125,7 +127,12 @@ class MemoryModel:
         work, tile = _work(shape)
         backward = Moment(
             "the backward",
-            (("layer at work", tile), ("workspace", _WORKSPACE_BYTES)),
+            # The vocabulary's gradient is there already: as it came, widened, and in a bucket.
+            (
+                ("layer at work", tile),
+                ("workspace", _WORKSPACE_BYTES),
+                ("loss", 0 if sharding.engine == "megatron" else (8 + e) * weight),
+            ),
             (("activations", kept + shared), ("layer at work", work + c), *slots),
         )
         return cls(_static(shape, world_size, sharding), (loss, backward))
@@ -200,14 +207,20 @@ def kept_bytes_per_token(shape: ModelShape) -> int:
 def layer_bytes_per_token(shape: ModelShape) -> int:
     """What a layer keeps that is not computed again."""
     c, q, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads
+    kv *= shape.head_dim
     mlp = 0 if shape.mlp_tile_tokens else _mlp_tensors(shape) * shape.intermediate_size
-    elements = 4 * c + 2 * q + 2 * kv * shape.head_dim + mlp
-    norms = 0 if shape.fused else 2 * 4 * c
+    elements, norms = 4 * c + 2 * q + 2 * kv + mlp, 0
+    if shape.megatron:
+        elements += q + kv + 4 * shape.head_dim
+    elif not shape.fused:
+        norms = 2 * 4 * c
     return elements * shape.bytes_per_element + norms + 4 * shape.num_heads
 
 
 def _mlp_tensors(shape: ModelShape) -> int:
-    """Gate, up and their product; torch also keeps the activated gate."""
+    """Gate, up and their product; torch also keeps the activated gate, Megatron a second up."""
+    if shape.megatron and not shape.mlp_tile_tokens:
+        return 5
     return 3 if shape.fused else 4
 
 
@@ -215,7 +228,7 @@ def _work(shape: ModelShape) -> tuple[int, int]:
     """Bytes per token of a layer's backward beside what is kept, and of a tile of its MLP."""
     e, c, i = shape.bytes_per_element, shape.hidden_size, shape.intermediate_size
     # Gradients of the MLP's product (torch: and of both factors), then of its input, twice.
-    mlp = (1 if shape.fused else 3) * i
+    mlp = (1 if shape.fused else 2 if shape.megatron else 3) * i
     again = 0
     if shape.gradient_checkpointing:
         # Its input, and its attention if that is kept, are there already.
@@ -248,11 +261,11 @@ def _static(shape: ModelShape, world_size: int, sharding: Sharding) -> tuple[tup
         ("parameters", parameters),
         ("gradients", gradients),
         ("optimizer", states),
-        ("buffers", _buffers(shape, sharding)),
+        ("buffers", _buffers(shape, world_size, sharding)),
     )
 
 
-def _buffers(shape: ModelShape, sharding: Sharding) -> int:
+def _buffers(shape: ModelShape, world_size: int, sharding: Sharding) -> int:
     """Buckets in float32, and under ZeRO-3 the parameters that are whole for a while."""
     if sharding.engine == "megatron":
         return 0  # its buffers are the gradients
@@ -261,8 +274,8 @@ def _buffers(shape: ModelShape, sharding: Sharding) -> int:
         case 0 | 1:
             return bucket
         case 2:
-            # Two that are filled in turn, and a copy of the one that is being sent.
-            return 3 * bucket
+            # Two that are filled in turn, and a copy of the one that is being sent; alone, one.
+            return (3 if world_size > 1 else 2) * bucket
         case _:
             live = min(shape.num_parameters, _MAX_LIVE_PARAMETERS) * shape.bytes_per_element
             return 2 * bucket + live

@@ -33,6 +33,8 @@ class ModelShape:
     fused_loss: bool = False
     mlp_tile_tokens: int | None = None
     offload_checkpoints: bool = False
+    #: Layers are of Megatron's own modules.
+    megatron: bool = False
 
     @classmethod
     def from_config(cls, config: ModelConfig, vocab_size: int | None = None) -> ModelShape:

@@ -78,6 +78,18 @@ def test_activations_by_hand() -> None:
     assert found == pytest.approx(2 * c + rest, abs=20)
 
 
+def test_megatrons_activations_by_hand() -> None:
+    """Counted in its modules: queries, keys and values as one before they are turned, sines and
+    cosines, and a second up projection, to which it adds an offset of nothing."""
+    c, q, kv, i = 2048 * 2, 16 * 128 * 2, 8 * 128 * 2, 5632 * 2
+    layer = 4 * c + 2 * q + 2 * kv + (q + kv) + 4 * 128 * 2 + 4 * 16
+    rest = 2 * 128 * 2 + 40
+    for tiles, mlp in ((None, 5 * i), (4096, 0)):
+        shape = shape_of(kernels="torch", mlp_tile_tokens=tiles)
+        found = MemoryModel.of(shape, 1, Sharding(1, engine="megatron"))
+        assert found.moments[1].per_token[0][1] == 20 * (layer + mlp) + rest
+
+
 def test_the_loss_by_hand() -> None:
     """Logits of a chunk in float32, twice; Liger's are bf16, as many bytes as hidden states."""
     shape = shape_of(kernels="torch", loss="torch", loss_chunk_tokens=4096)
