@@ -113,21 +113,25 @@ class Measured:
         runtime = Runtime(0, 1, 0, 1, self.device)
         runner = StepRunner(self.engine, corpus, self.config, runtime, GroupPool(), rules)
         plan = self.problem.solve((tokens,))
+        seconds = 0.0
         for _ in range(2):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
             runner.accumulate(plan, np.arange(1))
             self.engine.step(1e-5)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
         memory = memory_of(self.config, self.problem, shape.vocab_size)
         between = measured = 0
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
             between = torch.cuda.memory_allocated() - self.before
             measured = torch.cuda.max_memory_allocated() - self.before
         parts = {k: v / GIB for k, v in memory.parts(tokens).items()}
         return {
-            "tokens": tokens, "measured_gib": measured / GIB, "between_gib": between / GIB,
+            "tokens": tokens, "step_s": seconds, "measured_gib": measured / GIB, "between_gib": between / GIB,
             "predicted_gib": memory.bytes_at(tokens) / GIB,
             "static_gib": memory.static_bytes / GIB, "parts_gib": parts,
             "left_gib": self.before / GIB,
@@ -186,8 +190,8 @@ def main() -> None:
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "| case | tokens | measured GiB | predicted GiB | off by | between steps | static | "
-        "KiB/token | predicted |",
-        "|" + "---|" * 9,
+        "KiB/token | predicted | step s |",
+        "|" + "---|" * 10,
     ]
     for name, (half, full) in ((n, r) for n, r in rows.items() if r):
         grown, said = (
@@ -198,7 +202,8 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         lines.append(
             f"| {name} | {full['tokens']:,} | {full['measured_gib']:.2f} | "
             f"{full['predicted_gib']:.2f} | {off:+.1%} | {full['between_gib']:.2f} | "
-            f"{full['static_gib']:.2f} | {grown:.1f} | {said:.1f} |"
+            f"{full['static_gib']:.2f} | {grown:.1f} | {said:.1f} | "
+            f"{full['step_s']:.3f} |"
         )
     return "\n".join(lines)
 
