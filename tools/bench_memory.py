@@ -131,7 +131,8 @@ class Measured:
             measured = torch.cuda.max_memory_allocated() - self.before
         parts = {k: v / GIB for k, v in memory.parts(tokens).items()}
         return {
-            "tokens": tokens, "step_s": seconds, "measured_gib": measured / GIB, "between_gib": between / GIB,
+            "tokens": tokens, "step_s": seconds,
+            "measured_gib": measured / GIB, "between_gib": between / GIB,
             "predicted_gib": memory.bytes_at(tokens) / GIB,
             "static_gib": memory.static_bytes / GIB, "parts_gib": parts,
             "left_gib": self.before / GIB,
