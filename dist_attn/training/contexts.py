@@ -98,22 +98,31 @@ class Lists:
         )
         self._preparer = Preparer(device, heads)
         self._topology = topology
+        self._current: tuple[Stream, ...] = ()
 
     def begin(
         self, groups: Sequence[Group | None], parts: Sequence[LocalBatch], streams: Sequence[Stream]
     ) -> None:
-        """Begin with a coming micro-batch; its masks are those that its contexts will have."""
+        """Begin with a coming micro-batch; its masks are those that its contexts will have.
+
+        Streams that the micro-batch before has too are left out: its backward, which is going on,
+        makes what is missing of them by itself.
+        """
         begun = []
         for group, part, stream in zip(groups, parts, streams, strict=True):
+            if stream in self._current:
+                continue
             inner_size = None
             if group is not None:
                 inner_size = self._topology.inner_size(group.ranks, group.strategy)
             begun.append(Part(stream.masks, stream.layout, part.cp_rank, part.strategy, inner_size))
-        self._preparer.begin(begun)
+        if begun:
+            self._preparer.begin(begun)
 
-    def take(self) -> None:
-        """Wait for what was begun, if anything was."""
+    def take(self, streams: Sequence[Stream]) -> None:
+        """Wait for what was begun, if anything was; these streams are now worked on."""
         self._preparer.take()
+        self._current = tuple(streams)
 
 
 def local_context(

@@ -141,7 +141,7 @@ class StepRunner:
             batch = share.batch.to(self._runtime.device, non_blocking=True)
             probe = GradientProbe()
             self._probes.append((share, probe))
-            self._lists.take()
+            self._lists.take(share.streams)
             with watch:
                 loss = self._forward(batch, context, probe)
             if not last:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import torch
 
+from dist_attn.config import Config
 from dist_attn.data import LocalBatch
 from dist_attn.layout import make_layout
 from dist_attn.masks import Mask
-from dist_attn.training.contexts import Stream, Streams
+from dist_attn.planner.plan import Group
+from dist_attn.training import contexts
+from dist_attn.training.contexts import Lists, Stream, Streams
+from dist_attn.training.topology import Topology
 
 
 def batch_of(lengths: tuple[int, ...], kind: str = "zigzag", degree: int = 2) -> LocalBatch:
@@ -36,3 +42,25 @@ def test_equal_streams_are_one_object() -> None:
     streams.forget()
     assert streams.of(batch_of((8, 4))) is not again
     assert len(masks_of(first)) == 1
+
+
+def test_lists_of_a_stream_that_is_worked_on_are_left_to_the_work() -> None:
+    """Two threads would else make the same lists at once, and one read what the other makes."""
+    streams = Streams(None)
+    first, second = batch_of((8, 4)), batch_of((5, 7))
+    a, b = streams.of(first), streams.of(second)
+    groups = [Group((0, 1), "ring", (0, 1), 12, 0.0, 0.0, 0.0, 0)]
+    with mock.patch.object(contexts, "Preparer") as preparer:
+        lists = Lists(Config(), Topology(2, 0), torch.device("cpu"))
+        begin = preparer.return_value.begin
+        lists.take([a])
+        lists.begin(groups, [first], [a])
+        assert not begin.called
+        lists.begin(groups, [second], [b])
+        (part,) = begin.call_args.args[0]
+        assert part.masks == b.masks
+        assert part.layout is b.layout
+        assert part.strategy == "ring"
+        lists.take([b])
+        lists.begin(groups, [first], [a])
+        assert begin.call_count == 2
