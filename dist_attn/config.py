@@ -142,7 +142,10 @@ class Config(Section):
                 f"'micro_batch'"
             )
         if self.engine.name == "megatron" and self.model.lora is not None:
-            raise ValueError("model.lora is not carried out by engine 'megatron'; use 'deepspeed'")
+            raise ValueError(
+                "model.lora is not carried out by engine 'megatron', whose layers hold queries, "
+                "keys and values in one matrix; use engine 'deepspeed'"
+            )
         self._check_tensor_parallel()
         return self
 
