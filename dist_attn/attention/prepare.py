@@ -15,16 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_attn.attention.dispatch import STRATEGIES
+from dist_attn.attention.dispatch import choose_strategy
 from dist_attn.attention.gather import Gather
 from dist_attn.attention.ring import Ring
-from dist_attn.attention.step import Step
-from dist_attn.attention.strategy import Strategy
+from dist_attn.attention.step import Kernel, Step
+from dist_attn.attention.strategy import Call, Local, Strategy
 from dist_attn.attention.tile_step import TileStep, why_not_block_sparse
-from dist_attn.attention.ulysses import Ulysses, shares_of_heads
-from dist_attn.attention.workload import Workload, workload
+from dist_attn.attention.ulysses import Ulysses
+from dist_attn.attention.workload import workload
+from dist_attn.groups import CommGroup
 from dist_attn.layout import Layout
 from dist_attn.masks import Mask
+from dist_attn_kernels.dense import choose_backend
 
 
 @dataclass(frozen=True)
@@ -115,21 +117,37 @@ def steps_of(parts: list[Part], heads: Heads, device: torch.device) -> Iterator[
     The objects are those that the calls will find.
     """
     every = tuple(range(heads.q))
+    kernel = Kernel(choose_backend(device, heads.dtype, heads.head_dim).backend, 1.0)
     for part in parts:
-        size = part.layout.cp_size
-        strategy = STRATEGIES["local" if size == 1 else part.strategy]
+        group = _structure(part.layout.cp_size, part.cp_rank, part.inner_size)
+        strategy = choose_strategy(part.strategy, group)
         for mask in part.masks:
             work = workload(mask, part.layout, part.cp_rank, every, heads.kv)
-            yield from _steps(strategy, work, part.inner_size, device)
+            yield from _steps(strategy, Call(work, group, kernel, None), device)
 
 
-def _steps(
-    strategy: Strategy, work: Workload, inner_size: int | None, device: torch.device
-) -> Iterator[tuple[Step, int]]:
+def _structure(cp_size: int, cp_rank: int, inner_size: int | None) -> CommGroup:
+    """A group of such a size that nobody can send in."""
+    ranks = tuple(range(cp_size))
+    group = CommGroup(ranks, cp_rank, None)
+    if inner_size is None:
+        return group
+    node, place = divmod(cp_rank, inner_size)
+    inner = CommGroup(ranks[node * inner_size : (node + 1) * inner_size], place, None)
+    return dataclasses.replace(
+        group, inner=inner, outer=CommGroup(ranks[place::inner_size], node, None)
+    )
+
+
+def _steps(strategy: Strategy, call: Call, device: torch.device) -> Iterator[tuple[Step, int]]:
+    """Steps of a strategy; of one that is not known here none, its calls then make their own."""
     if isinstance(strategy, Ulysses):
-        for share in shares_of_heads(strategy, work, inner_size, device):
-            yield from _steps(strategy.across, share, None, device)
+        for across, share in strategy.shares(call, device):
+            yield from _steps(across, share, device)
         return
+    if not isinstance(strategy, (Local, Ring, Gather)):
+        return
+    work = call.work
     me, size = work.cp_rank, work.layout.cp_size
     yield work.step(me), work.num_kv_heads
     if size == 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_attn.attention.accumulate import accumulation_dtype, index_of
 from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy, forward_once
-from dist_attn.attention.workload import Workload, workload
+from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all, joined
 from dist_attn.comm.copied_all_to_all import copied_all_to_all
 from dist_attn.comm.side_stream import SideStream, Ticket
@@ -120,7 +120,7 @@ class Ulysses:
     keeps_own = False
 
     def __init__(self, across: Strategy, max_chunks: int = 4) -> None:
-        self.across = across
+        self._across = across
         self._max_chunks = max_chunks
 
     def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
@@ -152,7 +152,7 @@ class Ulysses:
                 read = _expand(trade.split, trade.node.cp_rank, q.device)
                 tensors = q_heads, _read(k_heads, read), _read(v_heads, read)
                 out_heads, found, residuals = forward_once(
-                    self.across, trade.across, *tensors, with_lse
+                    self._across, trade.across, *tensors, with_lse
                 )
                 lse_heads = lse_heads if found is None else found
                 kept += residuals
@@ -194,7 +194,7 @@ class Ulysses:
             dkv_heads = [dout.new_zeros(none)] * 2
             if dout_heads.shape[1]:
                 saved, kept = tuple(kept[:NUM_KEPT]), kept[NUM_KEPT:]
-                dq_heads, *grads = self.across.backward(trade.across, saved, dout_heads)
+                dq_heads, *grads = self._across.backward(trade.across, saved, dout_heads)
                 read = _expand(trade.split, trade.node.cp_rank, dout.device)
                 dkv_heads = [_fold(g, read, end_kv - first_kv) for g in grads]
             dkv_heads = [g.to(travel) for g in dkv_heads]
@@ -227,6 +227,11 @@ class Ulysses:
         worth = scores // len(split.q) // CHUNK_SCORES
         return max(1, min(self._max_chunks, split.divisible, worth))
 
+    def shares(self, call: Call, device: torch.device) -> list[tuple[Strategy, Call]]:
+        """Return what a rank computes of each chunk of heads, and how; a call finds the same."""
+        found = [(self._across, trade.across) for trade in self._trades(call, device)]
+        return [(strategy, share) for strategy, share in found if share.work.heads]
+
 
 class _Trade:
     """All-to-all inside a node, between tokens with all heads and heads with all tokens."""
@@ -245,8 +250,12 @@ class _Trade:
     @property
     def across(self) -> Call:
         """The call between nodes, of this rank's heads."""
+        work, rank, size = self.call.work, self.node.cp_rank, self.node.cp_size
+        heads = tuple(work.heads[slice(*self.split.q[rank])])
+        uniform = self.split.uniform(rank)
+        num_kv_heads = self.split.kv[rank][1] - self.split.kv[rank][0] if uniform else len(heads)
         outer = self.call.group.outer or single_rank_group(self.call.group.cp_rank)
-        share = _share(self.call.work, self.split, self.node.cp_size)
+        share = workload(work.mask, work.node_layout(size), outer.cp_rank, heads, num_kv_heads)
         return replace(self.call, work=share, group=outer)
 
     def prepare(self, tensors: list[Tensor]) -> Prepared:
@@ -339,32 +348,6 @@ class _Trade:
         # As much as queries, keys and values, or their gradients, in float32 at the most.
         most = max(self.lengths) * heads * dim * 4 + 3 * ALIGNMENT
         copied_all_to_all(outgoing, targets, self.node, most, ledger=self.call.ledger)
-
-
-def shares_of_heads(
-    strategy: Ulysses, work: Workload, inner_size: int | None, device: torch.device
-) -> list[Workload]:
-    """Return what a rank computes of each chunk of heads, the same objects as in the call.
-
-    Args:
-        strategy: how.
-        work: of all heads.
-        inner_size: ranks of a node; None: the whole group is one.
-        device: of the tensors.
-    """
-    size = inner_size or work.layout.cp_size
-    split = split_heads(len(work.heads), work.num_kv_heads, size)
-    chunks = strategy.num_chunks(split, work.expected_scores, device)
-    shares = [_share(work, split.chunk(i, chunks), size) for i in range(chunks)]
-    return [s for s in shares if s.heads]
-
-
-def _share(work: Workload, split: HeadSplit, node_size: int) -> Workload:
-    """A rank's share of the heads, of its node's tokens."""
-    node, rank = divmod(work.cp_rank, node_size)
-    heads = tuple(work.heads[slice(*split.q[rank])])
-    kv_heads = split.kv[rank][1] - split.kv[rank][0] if split.uniform(rank) else len(heads)
-    return workload(work.mask, work.node_layout(node_size), node, heads, kv_heads)
 
 
 def _arrivals(

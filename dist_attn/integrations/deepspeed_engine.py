@@ -11,7 +11,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -47,9 +46,8 @@ class DeepSpeedEngine:
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
-        with _device_number(device):
+        with _local_rank_of(device):
             self._engine, *_ = deepspeed.initialize(
-                args=None if device.index is None else SimpleNamespace(device_rank=device.index),
                 model=model,
                 optimizer=build_optimizer(model, config.optimizer, device),
                 config=_deepspeed_config(config, device),
@@ -250,23 +248,6 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _device_number(device: torch.device) -> Iterator[None]:
-    """Let DeepSpeed find the device's number where it looks for it; ranks may share a device."""
-    if device.index is None:
-        yield
-        return
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
-
-
 def _offload(config: Config, device: torch.device) -> dict[str, Any]:
     host = {"device": "cpu", "pin_memory": device.type == "cuda"}
     wanted = {
@@ -274,6 +255,21 @@ def _offload(config: Config, device: torch.device) -> dict[str, Any]:
         "offload_param": config.engine.offload_parameters,
     }
     return {key: host for key, on in wanted.items() if on}
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of the device: DeepSpeed takes it for that, here and there.
+
+    Where ranks share a device it is not.
+    """
+    before = os.environ["LOCAL_RANK"]
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
