@@ -70,6 +70,11 @@ class PeerMemory:
         self._number = 0
         self.stream = torch.cuda.Stream(priority=-1)
 
+    @property
+    def num_bytes(self) -> int:
+        """This rank's memory of all lanes; torch's allocator does not count it."""
+        return sum(lane.own.nbytes for lane in self._lanes.values())
+
     def next_number(self) -> int:
         """Number of the next exchange, the same on all ranks."""
         self._number += 1

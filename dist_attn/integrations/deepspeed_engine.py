@@ -240,7 +240,8 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
             "contiguous_gradients": True,
-            "overlap_comm": device.type == "cuda",
+            # With it DeepSpeed waits for the device after every backward, for nothing on one rank.
+            "overlap_comm": device.type == "cuda" and dist.get_world_size() > 1,
             **_offload(config, device),
         },
     }

@@ -63,7 +63,7 @@ def derived_costs(
     cost = CostModel.derive(
         shape,
         cluster,
-        Sharding.from_config(config, shape),
+        Sharding.from_config(config, shape, cluster),
         config.planner.max_tokens_per_device,
         mean_area(rules, longest),
     )
@@ -106,7 +106,8 @@ def memory_of(config: Config, problem: PlanningProblem, vocab_size: int) -> Memo
     """The memory of one rank of a run."""
     shape = ModelShape.from_config(config.model, vocab_size)
     share = tensor_parallel_shape(shape, config.engine.tensor_parallel_degree)
-    return MemoryModel.of(share, problem.cluster.world_size, Sharding.from_config(config, share))
+    cluster = problem.cluster
+    return MemoryModel.of(share, cluster.world_size, Sharding.from_config(config, share, cluster))
 
 
 def smallest_change(config: Config, devices: Cluster, vocab_size: int, length: int) -> str:

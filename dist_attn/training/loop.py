@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_attn.config import Config, EngineConfig
+from dist_attn.config_device import describe_loss
 from dist_attn.data import SamplerPosition
 from dist_attn.data.indexed import IntArray
 from dist_attn.errors import Stopped
@@ -152,7 +153,7 @@ class _Run:
         self._planned: Stage | None = None
         self._plans: PlanSource | None = None
         self._stage: Stage | None = None
-        self._reports = StepReports(config, runtime)
+        self._reports = StepReports(config, runtime, self._pool)
         self._guard: CorpusGuard
         self._runner: StepRunner
         self._nonfinite: NonFinitePolicy
@@ -259,6 +260,8 @@ class _Run:
             f"{self._config.model.dtype}; groups below: degree, {legend}, "
             f"+ at a time, | one after another"
         )
+        if runtime.device.type != "cpu":  # where there is no choice
+            reporter.say(describe_loss(self._config.model, engine, runtime.device.type))
         if state.step:
             reporter.say(f"resumed at step {state.step}, {state.tokens:,} tokens trained")
 

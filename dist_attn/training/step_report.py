@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_attn.config import Config
+from dist_attn.groups import GroupPool
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.training.metrics import StepMetrics, describe_groups, imbalance, memory_gib
@@ -38,10 +39,17 @@ class StepOutcome:
 
 
 class StepReports:
-    """Exchanges reports after each step, and sums them up."""
+    """Exchanges reports after each step, and sums them up.
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
+    Args:
+        config: the run's.
+        runtime: this rank.
+        pool: the groups, whose peer memory counts.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, pool: GroupPool) -> None:
         self._runtime = runtime
+        self._pool = pool
         self._tensor_parallel_degree = config.engine.tensor_parallel_degree
         self._slow_ranks = SlowRanks(
             config.run.slow_rank_factor,
@@ -52,7 +60,8 @@ class StepReports:
 
     def exchange(self, seconds: float, result: StepResult, stop: str | None) -> list[RankReport]:
         """Every rank's report. Collective: by all ranks."""
-        mine = RankReport(seconds, result, memory_gib(self._runtime.device), stop)
+        memory = memory_gib(self._runtime.device) + self._pool.peer_bytes / GIB
+        mine = RankReport(seconds, result, memory, stop)
         return self._runtime.gather(mine)
 
     def sum_up(self, done: StepOutcome, reports: list[RankReport]) -> StepMetrics:
