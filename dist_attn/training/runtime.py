@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dist_attn.config import RunConfig
 from dist_attn.errors import ConfigError, UserError
+from dist_attn.training.cpus import bind_cpus
 from dist_attn.training.meeting import meet
 from dist_attn.training.watchdog import SETUP, Mark, watching
 
@@ -110,6 +111,8 @@ def joined(config: RunConfig) -> Iterator[tuple[Runtime, Mark]]:
             local_world_size,
             torch.cuda.device_count(),
         )
+    if device.type == "cuda" and config.bind_cpus:
+        bind_cpus(store, rank, local_rank, local_world_size, device)
     runtime = Runtime(rank, world_size, local_rank, local_world_size, device, store, tuple(nodes))
     # The watchdog, which says more, comes first.
     timeout = datetime.timedelta(seconds=1.5 * config.timeout_s)
