@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ def _near(device: torch.device, sysfs: Path) -> Cpus:
     """CPUs of the NUMA node that a GPU hangs on; none for a CPU, or where the system hides it."""
     if device.type != "cuda":
         return frozenset()
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     try:
         address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
         return parse_list((sysfs / "bus/pci/devices" / address / "local_cpulist").read_text())

@@ -14,7 +14,7 @@ from types import FrameType
 import psutil
 
 from dist_attn.errors import NODE_ERROR_EXIT, STOPPED_EXIT, USER_ERROR_EXIT, ConfigError
-from dist_attn.training.slurm import NodePlace
+from dist_attn.training.slurm import LOOPBACK, NodePlace
 from dist_attn.training.stop import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from dist_attn.training.rendezvous import BACKEND, LOOPBACK, register
+    from dist_attn.training.rendezvous import BACKEND, register
 
     # What elastic reports in a page, this reports in a line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from dist_attn.training.rendezvous import LOOPBACK, serve
+from dist_attn.training.rendezvous import serve
+from dist_attn.training.slurm import LOOPBACK
 from tests.e2e.command import ROOT, environment
 
 LAUNCHER = """
