@@ -25,6 +25,7 @@ from dist_attn.errors import (
 )
 from dist_attn.training.rank_log import log_to
 from dist_attn.training.slurm import adopt_task
+from dist_attn.training.stop import STACKS_SIGNAL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A signal that ends the process (a truncated file under a memory map, say) shows where it was.
     with contextlib.suppress(io.UnsupportedOperation):  # stderr may be no file
         faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL)
     # Whatever the user's mask: nobody else writes into what a run leaves.
     os.umask(os.umask(0o022) | 0o022)
     try:
