@@ -70,8 +70,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
 def test_a_disk_that_really_is_full(tmp_path: Path, curve: list[float]) -> None:
     config, run = str(small_config(tmp_path)), tmp_path / "run"
     run.mkdir()
-    # Room for one checkpoint of 140 KB and what lies beside it.
-    mount = ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", str(run)]
+    # Room for one checkpoint of 450 KB and what lies beside it.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(run)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a small file system can be mounted by root only")
     try:

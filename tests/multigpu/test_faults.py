@@ -22,9 +22,9 @@ pytestmark = [
 TWO_GPUS = (
     "--nproc-per-node", "2", "--set", "run.device=cuda", "--set", "model.hidden_size=64",
     "--set", "planner.max_tokens_per_device=256", "--set", "logging.tensorboard=false",
-    "--set", "run.timeout_s=10", "--set", "run.steps=200", "--set", "checkpoint.every_steps=40",
+    "--set", "run.timeout_s=10", "--set", "run.steps=80", "--set", "checkpoint.every_steps=10",
 )  # fmt: skip
-HIT_AFTER = 60
+HIT_AFTER = 25
 #: Kernels on GPUs add in any order.
 SAME = 5e-3
 
@@ -58,9 +58,7 @@ def test_a_lost_rank_ends_the_run_which_goes_on(tmp_path: Path, number: signal.S
     whole = start("train", "--cfg", config, *TWO_GPUS, "--set", f"run.dir={tmp_path / 'whole'}")
     # torchrun's 30 s of patience with a rank that stands in a kernel, or cannot run.
     _, err = hit.communicate(timeout=70)
-    print(err[-3000:])  # noqa: T201
-    out, whole_err = whole.communicate(timeout=70)
-    assert whole.returncode == 0, out[-2000:] + whole_err[-2000:]
+    print("\n".join(line for line in err.splitlines() if " rank " in f" {line}")[-3000:])  # noqa: T201
     if number == signal.SIGKILL:
         assert hit.returncode == 137, err[-3000:]
         assert re.search(r"rank 1 .* was ended by SIGKILL", err)
@@ -70,8 +68,11 @@ def test_a_lost_rank_ends_the_run_which_goes_on(tmp_path: Path, number: signal.S
         assert "gives no sign of life, last seen in" in err
     # Where the other rank was.
     assert re.search(r"Traceback|Current thread|Thread 0x", err)
+    print(number.name, "ended as it should")  # noqa: T201
+    out, whole_err = whole.communicate(timeout=70)
+    assert whole.returncode == 0, out[-2000:] + whole_err[-2000:]
     before = losses(tmp_path / "run")
-    assert HIT_AFTER <= len(before) < 200
+    assert HIT_AFTER <= len(before) < 80
     resumed = run("train", "--cfg", config, *TWO_GPUS, "--resume", timeout_s=70)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     after, curve = losses(tmp_path / "run"), losses(tmp_path / "whole")
