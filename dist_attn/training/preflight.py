@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -327,7 +328,9 @@ def _show(everyone: list[Findings]) -> None:
             _least([f.intra_node_bytes_per_s for f in mine], 1e9, 2),
             _least([f.inter_node_bytes_per_s for f in mine], 1e9, 2),
         )
-    Console(soft_wrap=True, highlight=False).print(table)
+    # A log is as wide as its lines.
+    width = None if sys.stdout.isatty() else 160
+    Console(soft_wrap=True, highlight=False, width=width).print(table)
 
 
 def _least(values: list[float | None], unit: float, digits: int) -> str:

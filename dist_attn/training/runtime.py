@@ -43,7 +43,8 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: by all ranks."""
-        dist.barrier()
+        # Else NCCL guesses the device, and says so.
+        dist.barrier(device_ids=[self.device.index] if dist.get_backend() == "nccl" else None)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank. Collective: by all ranks."""
