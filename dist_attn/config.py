@@ -70,6 +70,8 @@ class RunConfig(Section):
     steps: Positive = 100
     seed: NonNegative = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: GPU ranks of a node that may all run on the same CPUs share them out, each near its GPU.
+    bind_cpus: bool = True
     #: A rank that waits longer than this for the others gives up with an error.
     timeout_s: PositiveFloat = 600.0
     #: What follows a loss or gradient that is NaN or infinite: end the run, or leave the step out.

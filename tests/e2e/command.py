@@ -88,7 +88,7 @@ def finish(
 def wait_for_steps(process: subprocess.Popen[str], run_folder: Path, steps: int) -> None:
     """Return as soon as a run that was started has recorded so many steps."""
     metrics = run_folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not metrics.is_file() or metrics.read_text().count("\n") < steps:
         assert time.monotonic() < deadline, "the steps never came"
         assert process.poll() is None, process.communicate()

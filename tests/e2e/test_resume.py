@@ -64,9 +64,11 @@ def test_sigkill_and_resume_give_the_uninterrupted_curve(tmp_path: Path) -> None
     before = losses(tmp_path / "run")
     assert 6 <= len(before) < 12
 
-    resumed = run("train", "--cfg", config, *TWO_RANKS, "--resume")
+    logs = tmp_path / "logs"
+    resumed = run("train", "--cfg", config, *TWO_RANKS, "--resume", "--log-dir", logs)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resumed at step" in resumed.stdout
+    assert "resumed at step" in (logs / "rank-0.log").read_text()
+    assert "resumed at step" not in resumed.stdout + (logs / "rank-1.log").read_text()
     # Bit for bit, the steps before the kill and those after.
     assert losses(tmp_path / "run") == losses(whole)
     assert losses(whole)[: len(before)] == before
