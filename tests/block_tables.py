@@ -21,6 +21,16 @@ def walk_cols(lists: BlockLists, *, narrow: bool = False) -> np.ndarray:
     return _dense(lists, _cols(lists, narrow))
 
 
+def entries_of_rows(lists: BlockLists) -> dict[tuple[int, int], tuple[int, list[Tile]]]:
+    """The masked steps and the tiles of each item of the forward."""
+    found: dict[tuple[int, int], list[Tile]] = {}
+    for tile in _rows(lists):
+        if tile[3] != EMPTY:
+            found.setdefault((tile[0], tile[1] // 2), []).append(tile)
+    masked = {(row[0], row[1]): row[5] for row in lists.rows.tolist()}
+    return {item: (masked[item], sorted(tiles)) for item, tiles in found.items()}
+
+
 def _rows(lists: BlockLists) -> Iterator[Tile]:
     last_half = -(-lists.q_len // BLOCK)
     for head, tile, first, steps, first_kind, masked in lists.rows.tolist():

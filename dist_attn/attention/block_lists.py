@@ -12,7 +12,8 @@ from dist_attn.attention.partial_tiles import Bounds, Cut, Partial
 from dist_attn.layout import IntArray
 from dist_attn.masks import Mask, TileLists, stretches, tile_lists
 from dist_attn_kernels.lists import BITS, BLOCK, BlockLists
-from dist_attn_kernels.runs import TileRuns, lists_from_runs
+from dist_attn_kernels.run_tables import lists_from_runs
+from dist_attn_kernels.runs import TileRuns
 from dist_attn_kernels.segments import Saved
 
 
@@ -143,7 +144,9 @@ class _HeadTiles:
             others[self.key_of_place] = False
             self.key_of_place = np.append(self.key_of_place, np.flatnonzero(others))
         self.partial = Partial(np.concatenate([*row, nothing]), np.concatenate([*key, nothing]))
-        self.full = _joined(np.concatenate([*begins, nothing]), np.concatenate([*ends, nothing]), num_k)
+        self.full = _joined(
+            np.concatenate([*begins, nothing]), np.concatenate([*ends, nothing]), num_k
+        )
 
 
 def _joined(begin: IntArray, end: IntArray, num_k: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""How the kernels cut tiles that are neither empty nor full: by key intervals per query, or by bits.
+"""How kernels cut tiles that are neither empty nor full: by key intervals per query, or by bits.
 
 A tile is cut by the one or two intervals of keys that each query sees, where the mask is made of
 these, also where some of its keys are thinned out but not inside this tile. Everything else is cut
@@ -22,6 +22,10 @@ from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL
 Words = npt.NDArray[np.uint64]
 #: Tiles whose bits are made at a time.
 TILES_AT_A_TIME = 4096
+#: Bounds of a query's intervals that the kernels take.
+MAX_BOUNDS = 4
+#: Queries that are asked first whether they have more.
+SAMPLE = 1 << 12
 #: Parts of a mask up to which equal tiles are looked for before their bits are made.
 MAX_SIGNED_PARTS = 16
 #: Key indices beyond all others.
@@ -87,7 +91,7 @@ class Bounds:
         parts = mask.touched(q, q, head)
         self._parts = [self._local(p) for p in parts]
         found = self._union([Part(lo, hi) for lo, hi in self._parts])
-        if len(found) <= 4:
+        if len(found) <= MAX_BOUNDS:
             width = 2 if len(found) <= 2 else 4
             self.table = np.zeros((width, len(self._q_positions)), dtype=np.int64)
             self.table[: len(found), self._index] = found
@@ -122,21 +126,31 @@ class Bounds:
         return ends[0], np.maximum(ends[0], ends[1])
 
     def _union(self, parts: list[Part]) -> IntArray:
-        """The parts' union as rows lo, hi, lo, hi ... of as many intervals as the widest query."""
+        """The parts' union as rows lo, hi, lo, hi ... of as many intervals as the widest query.
+
+        Of more than the kernels take, only that they are more.
+        """
         for whole in parts:
             if all(
                 p is whole or ((p.lo >= whole.lo) & (p.hi <= whole.hi) | (p.lo >= p.hi)).all()
                 for p in parts
             ):
                 return np.stack([whole.lo, whole.hi])
-        lo, hi = union_per_row(*stack_parts(parts, len(self._index), len(self._k_positions)))
+        step = 1 + len(self._index) // SAMPLE
+        sample = [Part(p.lo[::step], p.hi[::step]) for p in parts]
+        if step > 1 and len(self._widest(sample, -(-len(self._index) // step))) > MAX_BOUNDS:
+            return np.empty((MAX_BOUNDS + 1, 0), dtype=np.int64)
+        return self._widest(parts, len(self._index))
+
+    def _widest(self, parts: list[Part], num_rows: int) -> IntArray:
+        lo, hi = union_per_row(*stack_parts(parts, num_rows, len(self._k_positions)))
         # Columns that are empty in most rows are pushed together; what counts is the fullest row.
         width = max(int((lo < hi).sum(axis=1).max(initial=0)), 1)
         if width < lo.shape[1]:
             order = np.argsort(lo >= hi, axis=1, kind="stable")[:, :width]
             lo, hi = np.take_along_axis(lo, order, 1), np.take_along_axis(hi, order, 1)
         if lo.shape[1] == 0:
-            return np.zeros((2, len(self._index)), dtype=np.int64)
+            return np.zeros((2, num_rows), dtype=np.int64)
         return np.stack([lo, np.maximum(hi, lo)], axis=1).transpose(2, 1, 0).reshape(2 * width, -1)
 
     def _held(self, keys: IntArray | None) -> npt.NDArray[np.int8]:
@@ -183,7 +197,7 @@ class Bounds:
         """
         lo, hi = self._found[:2]
         none = lo >= hi
-        found = []
+        found: list[tuple[npt.NDArray, ...]] = []
         for p_lo, p_hi in self._parts:
             missing = (p_lo >= p_hi) & ~none
             from_key = np.where(missing, _FAR, np.where(none, -_FAR, p_lo))
@@ -226,11 +240,12 @@ class Bounds:
                 words[some] = self._made_of_parts(row[some], key[some], of_keys)
             else:
                 words[some] = self._looked_at(row[some], key[some], head)
-        every, any_ = (words == _LOW_BITS[BLOCK]).all(axis=1), words.any(axis=1)
+        every = np.asarray(words == _LOW_BITS[BLOCK]).all(axis=1)
+        some_keys = np.asarray(words.any(axis=1))
         unique, index = different(words)
         kind[which] = np.where(every, FULL, BITS + index)[same]
         keep = np.ones(len(kind), dtype=bool)
-        keep[which] = any_[same]
+        keep[which] = some_keys[same]
         return Cut(Partial(tiles.row[keep], tiles.key[keep]), kind[keep], unique)
 
     def _alike(self, row: IntArray, key: IntArray) -> tuple[IntArray, IntArray]:
@@ -254,7 +269,7 @@ class Bounds:
     @functools.cached_property
     def _spans(self) -> list[tuple[npt.NDArray, ...]]:
         """Of each part the least and greatest first key, and end, in each block of queries."""
-        found = []
+        found: list[tuple[npt.NDArray, ...]] = []
         for lo, hi in self._parts:
             empty = lo >= hi
             found.append(
