@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 
 from dist_attn.config_masks import LayerMaskConfig, Section
 
-Strategy = Literal["ring", "ulysses", "gather", "ring+ring", "ulysses+ring", "ulysses+gather"]
+Strategy = Literal[
+    "ring", "ulysses", "gather",
+    "ring+ring", "ring+gather", "ring+ulysses",
+    "gather+ring", "gather+gather", "gather+ulysses",
+    "ulysses+ring", "ulysses+gather", "ulysses+ulysses",
+]  # fmt: skip
 
 
 class AttentionConfig(Section):
@@ -37,7 +42,7 @@ class AttentionConfig(Section):
         if self.inner_degree is not None and not any("+" in s for s in self.strategies):
             raise ValueError(
                 f"inner_degree {self.inner_degree} is for strategies in two levels, got "
-                f"{self.strategies}; add 'ulysses+ring', 'ulysses+gather' or 'ring+ring', or leave "
-                f"inner_degree out"
+                f"{self.strategies}; add one such as 'ulysses+ring', 'ring+ring' or "
+                f"'gather+gather', or leave inner_degree out"
             )
         return self

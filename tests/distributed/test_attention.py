@@ -1,6 +1,7 @@
 """Every strategy, layout and number of ranks gives the attention of one process."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,17 +26,22 @@ from tests.attention_cases import (
     together,
     world_group,
 )
-from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
+from tests.mask_zoo import CU, NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
-STRATEGIES = ["ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather"]
+KINDS = ("ring", "gather", "ulysses")
+TWO_LEVELS = [f"{inner}+{outer}" for inner in KINDS for outer in KINDS]
+OFTEN_USED = ["ring+ring", "ulysses+ring", "ulysses+gather"]
+STRATEGIES = ["ring", "gather", "ulysses", *OFTEN_USED]
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "placed", "scattered"]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
 
-def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int) -> None:
-    parts = run_ranks(attend, cp_size, case, mask_name, layout_kind, strategy)
+def check(
+    case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int, **kwargs: Any
+) -> None:
+    parts = run_ranks(attend, cp_size, case, mask_name, layout_kind, strategy, **kwargs)
     whole = together(parts, case)
     allowed = dense_mask(mask_of(mask_name, case), case)
     assert_as_good_as_torch(whole, case, allowed)
@@ -52,6 +58,22 @@ def test_causal_documents(strategy, layout_kind, cp_size):
     check(ODD, "causal documents", layout_kind, strategy, cp_size)
 
 
+@pytest.mark.parametrize("layout_kind", ["zigzag", "scattered"])
+@pytest.mark.parametrize("strategy", [s for s in TWO_LEVELS if s not in OFTEN_USED])
+def test_causal_documents_in_two_levels(strategy, layout_kind):
+    check(ODD, "causal documents", layout_kind, strategy, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout_kind", ["contiguous", "zigzag", "scattered"])
+@pytest.mark.parametrize("strategy", TWO_LEVELS)
+@pytest.mark.parametrize("mask_name", ["causal documents", "s2 and a dense head"])
+def test_nodes_of_two_and_of_three(mask_name, strategy, layout_kind):
+    case = Case(tuple(np.diff(CU).tolist()), num_heads=NUM_HEADS, num_kv_heads=2)
+    for inner_size in (2, 3):
+        check(case, mask_name, layout_kind, strategy, 6, inner_size=inner_size)
+
+
 @pytest.mark.parametrize("mask_name", ["full", "causal", "documents"])
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_masks(strategy, mask_name):
@@ -65,7 +87,7 @@ def test_masks_of_the_field(strategy, mask_name):
 
 
 @pytest.mark.parametrize("mask_name", ["s2 and a dense head", "shared question", "listed blocks"])
-@pytest.mark.parametrize("strategy", ["ring+ring", "ulysses+ring", "ulysses+gather"])
+@pytest.mark.parametrize("strategy", TWO_LEVELS)
 def test_masks_in_two_levels(strategy, mask_name):
     check(ZOO_CASE, mask_name, "zigzag", strategy, 4)
 
@@ -94,7 +116,7 @@ def test_scores_up_to_1e4(strategy, mask_name, dtype):
     check(case, mask_name, "zigzag", strategy, 3)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring"])
+@pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring", "ulysses+ulysses", "ring+ulysses"])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 1), (6, 2), (6, 6), (5, 5), (2, 1), (8, 4)])
 def test_head_counts_that_do_not_divide(heads, strategy):
     case = Case((13, 20), num_heads=heads[0], num_kv_heads=heads[1])

@@ -397,7 +397,10 @@ def test_two_levels_under_masks_of_layers(
     sparse = run_ranks(reference, 1, cache, masks)[0]
     two_levels = ["ulysses+ring", "ulysses+gather", "ring+ring"]
     attention = {"strategies": two_levels, "inner_degree": 2, "ring_layout": "balanced"}
-    args = (run_plans, 4, cache, 2, [("4", s) for s in two_levels], sparse, 64, "cpu", "fp32")
+    others = ["ring+gather", "gather+gather", "gather+ring"]
+    attention["strategies"] = [*two_levels, *others]
+    cases = [("4", s) for s in (*two_levels, *others)]
+    args = (run_plans, 4, cache, 2, cases, sparse, 64, "cpu", "fp32")
     assert_right(run_ranks(*args, masks, attention=attention, timeout_s=120))
     _, different = errors(expected[0], expected[1], sparse)
     assert different > 100 * GRADIENT_TOLERANCE

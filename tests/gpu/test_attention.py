@@ -6,9 +6,11 @@ import torch
 
 from dist_attn.attention import attention
 from dist_attn.attention.accumulate import Rows, SoftmaxSum
+from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.groups import single_rank_group
 from dist_attn.layout import make_layout
 from dist_attn.masks import BlockList, Causal, Documents, Mask, Predicate, Window, patterns
+from dist_attn.masks.layers import document_mask
 from dist_attn_kernels import dense_flash4
 from dist_attn_kernels.dense import (
     CudaBackend,
@@ -79,6 +81,10 @@ def long_masks() -> dict[str, Mask]:
         "window and sinks": patterns.sliding_window(300, 5),
         "documents and window": patterns.causal_documents(cu) & Window(200, 0),
         "s2": patterns.s2(1500, 64, 3, 4, 8),
+        # Shifted between key/value heads, whose lists serve all heads that read them.
+        "s2 of a layer": document_mask(
+            LayerMaskConfig(kind="s2", block_tokens=64, local_blocks=2, stride_blocks=4), cu, 8, 2
+        ),
         "s2, a dense head": patterns.s2(1500, 64, 3, 4, 8, dense_heads=[3]) & Documents(cu),
         "power of two": patterns.power_of_two(1500, 64, 2),
         "shifted groups and sinks": patterns.shifted_groups(1500, 400, 8, 3),
@@ -109,6 +115,14 @@ def attend_locally(dtype: torch.dtype, head_dim: int, mask: Mask) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_block_sparse_masks(name, head_dim):
     attend_locally(torch.bfloat16, head_dim, long_masks()[name])
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ring+gather", "gather+ring", "gather+gather", "ring+ulysses", "ulysses+ulysses"]
+)
+def test_two_levels_on_four_ranks(strategy):
+    case = Case((SEQ_LEN,), NUM_HEADS, 2, 64, torch.bfloat16)
+    check(case, strategy, 4, "s2 and a dense head")
 
 
 @pytest.mark.parametrize("mask_name", ["s2 and a dense head", "prefix lm documents", "predicate"])

@@ -64,7 +64,10 @@ def test_cluster_file_beside_the_configuration(tmp_path: Path) -> None:
         ("run: {steps: 0}", "run.steps: .*greater than 0, got int 0"),
         ("run: {steps: 1.5}", "run.steps: .*got float 1.5"),
         ("engine: {zero_stage: 4}", "engine.zero_stage: .*0, 1, 2 or 3, got int 4"),
-        ("attention: {strategies: [rings]}", "strategies.0: .*'ulysses.ring' or 'ulysses.gather'"),
+        (
+            "attention: {strategies: [rings]}",
+            "strategies.0: .*'ulysses.gather' or 'ulysses.ulysses'",
+        ),
         ("attention: {inner_degree: 2}", "inner_degree 2 is for strategies in two levels"),
         ("attention: {inner_degree: 1}", "attention.inner_degree: .*greater than or equal to 2"),
         ("attention: {ring_layout: spiral}", "ring_layout: .*'striped' or 'contiguous'"),
