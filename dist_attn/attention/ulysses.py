@@ -243,6 +243,11 @@ class Ulysses:
         worth = scores // len(split.q) // CHUNK_SCORES
         return max(1, min(self._max_chunks, split.divisible, worth))
 
+    def shares(self, call: Call, device: torch.device) -> list[tuple[Strategy, Call]]:
+        """Return what a rank computes of each chunk of heads, and how; a call finds the same."""
+        found = [(self._across, trade.across) for trade in self._trades(call, device)]
+        return [(strategy, share) for strategy, share in found if share.work.heads]
+
 
 class _Trade:
     """All-to-all inside a node, between tokens with all heads and heads with all tokens."""

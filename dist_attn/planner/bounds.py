@@ -44,6 +44,9 @@ from dist_attn.planner.highs import Answer, WarmProgram
 from dist_attn.planner.program import Program
 from dist_attn.planner.relaxation import Relaxation, build_relaxation
 
+#: Columns of a linear program up to which all nodes that are allowed are solved.
+_COLUMNS = 700
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -77,12 +80,14 @@ def lower_bound(
         program: the program.
         predicted_s: what a plan takes; the search ends when the bound comes within `enough` of it.
         times: that plan's micro-batches, at which time classes are cut.
-        max_nodes: linear programs to solve.
+        max_nodes: linear programs to solve; fewer where they have many columns.
         deadline: `time.monotonic()` at which to stop.
         enough: a relative gap that is good enough.
     """
     relaxation = build_relaxation(program, times, predicted_s)
     solver = WarmProgram(relaxation.linear)
+    # A node takes about as long as the program is large.
+    max_nodes = math.ceil(max_nodes * min(1.0, _COLUMNS / len(relaxation.linear.cost)))
     target = predicted_s / relaxation.scale_s * (1 - enough)
     many = relaxation.num_times
     root = _Node((0.0,) * many, (math.inf,) * many, frozenset())

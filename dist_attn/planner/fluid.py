@@ -79,7 +79,9 @@ class Fluid:
         self.slope = [1 / r if 0 < r < math.inf else 0.0 for r in self.rate]
         self.pool_sizes = [sum(nodes) for nodes in program.nodes]
         self.fillers = [self._filler(p) for p in range(len(self.pool_sizes))]
-        self.options = self.options_among(range(len(classes)))
+        self.options: list[list[int]] = []
+        self.openings: list[list[tuple[int, int, int, float, float, int]]] = []
+        self.limit(range(len(classes)))
         self.empty = self.profile([])
         self.default_price = -1 / min(self.empty.segments)[0] if self.empty.segments else 0.0
 
@@ -88,11 +90,32 @@ class Fluid:
         own = [c for c, p in enumerate(self.pool) if p == pool and self.slope[c] > 0]
         return min(own, key=lambda c: (self.degree[c] * self.rate[c], self.degree[c]), default=-1)
 
-    def options_among(self, classes: Collection[int]) -> list[list[int]]:
-        """For each long document, the classes worth opening (of all, where none of these fits)."""
+    def limit(self, classes: Collection[int]) -> bool:
+        """Allow new groups of these classes only; whether that leaves out any that were allowed.
+
+        For each long document, `options` are the classes worth opening (of all, where none of these
+        fits), and `openings` what they cost: class, pool, degree, seconds with that document alone,
+        short tokens per second, capacity.
+        """
         everything = range(len(self.degree))
+        before = self.options
         found = [self._options(i, classes) for i in range(self.num_long)]
-        return [o or self._options(i, everything) for i, o in enumerate(found)]
+        self.options = [o or self._options(i, everything) for i, o in enumerate(found)]
+        self.openings = [
+            [
+                (
+                    c,
+                    self.pool[c],
+                    self.degree[c],
+                    self.fixed[c] + seconds[c],
+                    self.slope[c],
+                    self.capacity[c],
+                )
+                for c in options
+            ]
+            for options, seconds in zip(self.options, self.seconds, strict=False)
+        ]
+        return before != self.options
 
     def _options(self, i: int, classes: Collection[int], most: int = 8) -> list[int]:
         """Classes of which no other is both quicker and cheaper."""

@@ -55,7 +55,7 @@ def plan_free(
         ConfigError: rules that the cluster cannot meet.
     """
     started = time.monotonic()
-    program = build_program(lengths, cluster, cost, planner, strategies)
+    program = build_program(lengths, cluster, cost, planner, strategies, whole_documents=False)
     settler = Settler(program, cluster, cost)
     deadline = started + planner.time_limit_s
     effort = replace(effort or Effort(), bound_nodes=0)

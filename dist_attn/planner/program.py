@@ -24,7 +24,7 @@ classes and time classes, whose optimum is a lower bound; `packing` and `solve` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,8 +76,18 @@ def build_program(
     cost: Costs,
     planner: PlannerConfig,
     strategies: Sequence[str],
+    whole_documents: bool = True,
 ) -> Program:
     """Gather the classes that the configuration allows and what every document costs in each.
+
+    Args:
+        lengths: tokens of each document.
+        cluster: the ranks.
+        cost: seconds and bytes of a group.
+        planner: rules and limits.
+        strategies: what attention may use in groups of two ranks and more.
+        whole_documents: a group holds documents whole, so that of its memory it can only use a
+            multiple of what divides all lengths (batches are often padded to such a number).
 
     Raises:
         PlanError: no documents, a length that is none, or a document that no group can hold.
@@ -100,6 +110,9 @@ def build_program(
         seconds[row, fits] = cost.compute_s(c.kind, fitting) + cost.communication_s(c.kind, fitting)
     if not np.isfinite(seconds.min(axis=0)).all():
         raise PlanError(_too_long(ordered, order, classes, planner) + _hint(strategies))
+    if whole_documents:
+        unit = max(int(np.gcd.reduce(ordered)), 1)
+        classes = [replace(c, capacity_tokens=c.capacity_tokens // unit * unit) for c in classes]
     nodes = tuple(tuple(len(node) for node in pool) for pool in cluster.pools)
     return Program(
         lengths=ordered,

@@ -20,6 +20,8 @@ _PRESENT = 2
 #: Boundaries spread over the times, and how far apart (as a factor) boundaries are.
 _TIME_CLASSES = 4
 _APART = 1.02
+#: Micro-batches of a plan for which one boundary more pays.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,10 @@ def _time_classes(program: Program, times: Sequence[float], predicted_s: float) 
     low = max(min(low, *times), high * 1e-2)
     spread = np.geomspace(low, high, _TIME_CLASSES).tolist()
     spread.append(float(np.sqrt(high * predicted_s)))
+    if len(times) <= _FEW:
+        # What the longest document leaves of its group's memory depends on the time beyond its own.
+        need = (program.seconds + fixed)[:, 0]
+        spread += (np.append(need[np.isfinite(need)], max(times)) * 1.03).tolist()
     kept = [0.0]
     for tau in sorted([*spread, *(t * 1.003 for t in times)]):
         if tau < predicted_s * 0.999:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dist_attn.planner.fluid import Fluid, Groups, OpenGroup, Profile, Score
+from dist_attn.planner.insertion import Draft, Inserter, Ledger
 
-#: Open groups that an insertion looks at, shared among the micro-batches; of more, a random run.
-_LOOKED_AT = 320
 #: Groups that a ruin takes out of one micro-batch, on average at the most.
 _RUINED = 10
 
@@ -29,21 +28,8 @@ class Arrangement:
     batches: list[Groups]
     profiles: list[Profile]
     score: Score
-
-
-@dataclass(slots=True)
-class _Draft:
-    """An arrangement that documents are being put into, with the times that are aimed at."""
-
-    batches: list[Groups]
-    times: list[float]
-    price: float
-    changed: set[int] = field(default_factory=set)
-    free: list[list[int]] = field(default_factory=list)
-    #: Short tokens that one free device of each pool holds at the time aimed at.
-    worth: list[list[float]] = field(default_factory=list)
-    #: Micro-batches and classes for which devices were counted but nodes do not fit.
-    barred: set[tuple[int, int]] = field(default_factory=set)
+    #: What insertions ask of it, put together once and only where needed.
+    ledger: Ledger | None = None
 
 
 class Search:
@@ -56,9 +42,7 @@ class Search:
         self.deadline = deadline
         self.late = False
         self.steps = 0
-        program = fluid.program
-        #: Whether a group may find no place although there are devices enough.
-        self._intricate = program.tight_nodes or len(program.nodes) > 1
+        self._inserter = Inserter(fluid, self.random)
 
     def start(self, aim_s: float, num_batches: int, tries: int = 0) -> Arrangement | None:
         """Insert the long documents, longest first, into batches that aim at some times.
@@ -92,14 +76,12 @@ class Search:
     def _start(self, times: list[float]) -> Arrangement | None:
         if len(times) > self.max_batches:
             return None
-        draft = _Draft([[] for _ in times], times, self.fluid.default_price)
-        self._prepare(draft)
+        insert = self._inserter.insert
+        draft = self._inserter.draft([[] for _ in times], times, self.fluid.default_price)
         for i in range(self.fluid.num_long):
-            if not self._insert(draft, i):
-                draft.batches.append([])
-                draft.times.append(min(times))
-                self._prepare(draft)
-                if len(draft.batches) > self.max_batches or not self._insert(draft, i):
+            if not insert(draft, i):
+                self._inserter.add_batch(draft, min(times))
+                if len(draft.batches) > self.max_batches or not insert(draft, i):
                     return None
         return self._arrange(draft.batches)
 
@@ -150,19 +132,21 @@ class Search:
         return Arrangement(batches, profiles, score)
 
     def _step(self, now: Arrangement) -> Arrangement | None:
-        draft = _Draft(
-            list(now.batches), list(now.score.times), now.score.price or self.fluid.default_price
-        )
+        if now.ledger is None:
+            price = now.score.price or self.fluid.default_price
+            now.ledger = self._inserter.ledger(now.batches, now.score.times, price)
+        draft = Draft(list(now.batches), list(now.score.times), now.ledger.copy())
         out = self._ruin(draft)
         if not out:
             return None
-        self._prepare(draft)
+        for m in draft.changed:
+            self._inserter.update(draft, m)
         if self.random.random() < 0.8:
             out.sort()
         else:
             self.random.shuffle(out)
         for i in out:
-            if not self._insert(draft, i):
+            if not self._inserter.insert(draft, i):
                 return None
         profiles = list(now.profiles)
         for m in sorted(draft.changed):
@@ -175,7 +159,7 @@ class Search:
                 profiles.append(profile)
         return self._settle(draft.batches, profiles)
 
-    def _ruin(self, draft: _Draft) -> list[int]:
+    def _ruin(self, draft: Draft) -> list[int]:
         """Take groups or documents out; returns the documents."""
         choose = self.random.random
         count = len(draft.batches)
@@ -222,7 +206,7 @@ class Search:
                 self._keep(draft, m, rest, out)
         return out
 
-    def _aim(self, draft: _Draft, m: int) -> float:
+    def _aim(self, draft: Draft, m: int) -> float:
         """A new time for a micro-batch: what its slowest group's first document needs elsewhere."""
         fluid, choose = self.fluid, self.random.random
         slowest = max(draft.batches[m], key=lambda g: fluid.fixed[g.cls] + g.seconds)
@@ -236,7 +220,7 @@ class Search:
             return draft.times[m] * (0.8 + 0.4 * choose())
         return fluid.empty.need
 
-    def _keep(self, draft: _Draft, m: int, kept: Groups, out: list[int]) -> None:
+    def _keep(self, draft: Draft, m: int, kept: Groups, out: list[int]) -> None:
         staying = {id(g) for g in kept}
         for group in draft.batches[m]:
             if id(group) not in staying:
@@ -251,141 +235,3 @@ class Search:
             group.tokens - self.fluid.lengths[i],
             [d for d in group.documents if d != i],
         )
-
-    def _prepare(self, draft: _Draft) -> None:
-        fluid = self.fluid
-        draft.free = []
-        for groups in draft.batches:
-            free = list(fluid.pool_sizes)
-            for group in groups:
-                pool = fluid.pool[group.cls]
-                if pool >= 0:
-                    free[pool] -= fluid.degree[group.cls]
-            draft.free.append(free)
-        draft.worth = [self._worth(t) for t in draft.times]
-
-    def _worth(self, time_s: float) -> list[float]:
-        fluid = self.fluid
-        worth = []
-        for filler in fluid.fillers:
-            if filler < 0:
-                worth.append(0.0)
-                continue
-            held = (time_s - fluid.fixed[filler]) * fluid.slope[filler]
-            worth.append(max(min(held, fluid.capacity[filler]), 0.0) / fluid.degree[filler])
-        return worth
-
-    def _insert(self, draft: _Draft, i: int) -> bool:
-        """Put a document where it costs least, into an open group or a new one."""
-        joined = self._best_group(draft, i)
-        opened = self._feasible_opening(draft, i)
-        if joined is None and opened is None:
-            return False
-        if opened is None or (joined is not None and joined[0] <= opened[0]):
-            assert joined is not None
-            _, m, position = joined
-            group = draft.batches[m][position]
-            cls = group.cls
-            group = OpenGroup(
-                cls,
-                group.seconds + self.fluid.seconds[i][cls],
-                group.tokens + self.fluid.lengths[i],
-                [*group.documents, i],
-            )
-            draft.batches[m] = [
-                *draft.batches[m][:position],
-                group,
-                *draft.batches[m][position + 1 :],
-            ]
-        else:
-            _, m, cls = opened
-            if m == len(draft.batches):
-                draft.batches.append([])
-                draft.times.append(0.0)
-                draft.free.append(list(self.fluid.pool_sizes))
-                draft.worth.append(self._worth(0.0))
-            group = OpenGroup(cls, self.fluid.seconds[i][cls], self.fluid.lengths[i], [i])
-            draft.batches[m] = [*draft.batches[m], group]
-            if self.fluid.pool[cls] >= 0:
-                draft.free[m][self.fluid.pool[cls]] -= self.fluid.degree[cls]
-        draft.changed.add(m)
-        needed = self.fluid.fixed[cls] + group.seconds
-        if needed > draft.times[m]:
-            draft.times[m] = needed
-            draft.worth[m] = self._worth(needed)
-        return True
-
-    def _best_group(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
-        """The open group that a document joins at the least cost: (cost, micro-batch, position)."""
-        fluid, price, choose = self.fluid, draft.price, self.random.random
-        fixed, slopes, capacity = fluid.fixed, fluid.slope, fluid.capacity
-        length, seconds = fluid.lengths[i], fluid.seconds[i]
-        best, found = math.inf, None
-        window = max(_LOOKED_AT // len(draft.batches), 16)
-        for m, everyone in enumerate(draft.batches):
-            time_s = draft.times[m]
-            first = 0
-            if len(everyone) > window:
-                first = int(choose() * (len(everyone) - window))
-            for position, group in enumerate(everyone[first : first + window], first):
-                cls = group.cls
-                room = capacity[cls] - group.tokens
-                if room < length:
-                    continue
-                slope = slopes[cls]
-                spare = time_s - fixed[cls] - group.seconds
-                left = spare - seconds[cls]
-                lost = spare * slope
-                if lost > room:  # noqa: PLR1730  (half the time of min)
-                    lost = room
-                if left >= 0:
-                    kept = left * slope
-                    lost -= kept if kept < room - length else room - length
-                    cost = price * lost
-                else:
-                    cost = price * lost - left
-                # Now and then the best is overlooked, for variety.
-                if cost < best and choose() > 0.1:
-                    best, found = cost, (cost, m, position)
-        return found
-
-    def _feasible_opening(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
-        """The best opening whose devices exist, also where counting them does not tell."""
-        while True:
-            opened = self._best_opening(draft, i)
-            if opened is None or not self._intricate:
-                return opened
-            _, m, cls = opened
-            group = OpenGroup(cls, 0.0, 0, [i])
-            if self.fluid.free_devices([*draft.batches[m], group]) is not None:
-                return opened
-            # Groups are only added to a draft, so that this stays so.
-            draft.barred.add((m, cls))
-
-    def _best_opening(self, draft: _Draft, i: int) -> tuple[float, int, int] | None:
-        """The new group that costs a document least: (cost, micro-batch, class)."""
-        fluid, price, choose = self.fluid, draft.price, self.random.random
-        length, seconds = fluid.lengths[i], fluid.seconds[i]
-        best, found = math.inf, None
-        options = [
-            (cls, fluid.pool[cls], fluid.degree[cls], fluid.fixed[cls] + seconds[cls])
-            for cls in fluid.options[i]
-        ]
-        for m, free in enumerate(draft.free):
-            most = sum(free)
-            if not most:
-                continue
-            time_s, worth = draft.times[m], draft.worth[m]
-            for cls, pool, degree, needed in options:
-                if degree > (free[pool] if pool >= 0 else most) or (m, cls) in draft.barred:
-                    continue
-                cost = price * degree * (worth[pool] if pool >= 0 else min(worth))
-                left = time_s - needed
-                if left >= 0:
-                    kept, room = left * fluid.slope[cls], fluid.capacity[cls] - length
-                    cost -= price * (kept if kept < room else room)
-                else:
-                    cost -= left
-                if cost < best and choose() > 0.1:
-                    best, found = cost, (cost, m, cls)
-        return found

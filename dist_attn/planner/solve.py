@@ -21,6 +21,7 @@ from dist_attn.planner.exact import decide
 from dist_attn.planner.fluid import Fluid, Groups, count_long
 from dist_attn.planner.placement import place
 from dist_attn.planner.plan import Plan, SolverReport
+from dist_attn.planner.polish import Polish
 from dist_attn.planner.pour import batch_times, pour
 from dist_attn.planner.program import Program, build_program
 from dist_attn.planner.search import Arrangement, Search
@@ -32,6 +33,8 @@ class Effort:
 
     #: Ruin-and-recreate steps; a search that comes to rest early takes fewer.
     steps: int = 1000
+    #: Exchanges of documents between the groups of the plan that was found.
+    exchanges: int = 200
     #: Branch-and-bound nodes of the lower bound; 0: only its root.
     bound_nodes: int = 44
 
@@ -105,7 +108,7 @@ def static_plan(
     for degree in (d for d in range(1, world + 1) if world % d == 0):
         rules = planner.model_copy(update={"mode": "static", "static_degree": degree})
         try:
-            plans.append(plan(lengths, cluster, cost, rules, strategies, seed, Effort(200, 0)))
+            plans.append(plan(lengths, cluster, cost, rules, strategies, seed, Effort(200, 0, 0)))
         except (ConfigError, PlanError):
             continue
     return min(plans, key=lambda p: p.predicted_s, default=None)
@@ -129,6 +132,7 @@ def best_batches(
         if len(batches) <= program.max_micro_batches:
             best, best_s = batches, sum(batch_times(fluid, batches))
     best = _one_degree(program, seed, deadline, best_s) or best
+    best = Polish(program, best).run(effort.exchanges, deadline)
     if not best:
         raise PlanError(
             f"{len(program.lengths)} documents of {int(program.lengths.sum())} tokens do not fit "
@@ -144,9 +148,8 @@ def _search(program: Program, fluid: Fluid, search: Search, steps: int) -> Arran
     # A step costs more where there are more groups.
     steps = max(min(steps, steps * 500 // max(fluid.num_long, 1)), 5)
     tries = min(10, 2000 // max(fluid.num_long, 1))
-    every = fluid.options
     # Degrees of all sizes refine what powers of two, which tile the nodes, have arranged.
-    fluid.options = fluid.options_among([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
+    refined = fluid.limit([c for c, d in enumerate(fluid.degree) if d & (d - 1) == 0])
     best: Arrangement | None = None
     for _ in range(3):
         first = search.start(aim_s, count, tries)
@@ -155,8 +158,7 @@ def _search(program: Program, fluid: Fluid, search: Search, steps: int) -> Arran
         found = search.run(first, steps // 5)
         if best is None or found.score.total < best.score.total:
             best = found
-    refined = fluid.options != every
-    fluid.options = every
+    fluid.limit(range(len(fluid.degree)))
     if best is None or search.late:
         return best
     return search.run(best, steps if refined else steps * 2 // 5, warmth=0.0003)

@@ -25,8 +25,8 @@ from dist_attn.integrations.hf import build_model
 from dist_attn.layout import shares_of_fractions
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.cluster import local_cluster
-from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
 from dist_attn.planner.shape import ModelShape
@@ -171,6 +171,17 @@ def make_step_plan(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
     return dataclasses.replace(make_plan(name, strategy, lengths), synchronisation="step")
 
 
+def plan_of_case(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
+    """The plan that a case names, made on rank 0 as in a run. Collective: by all ranks."""
+    make = {"free": make_free_plan, "step": make_step_plan}.get(
+        name.split(maxsplit=1)[0], make_plan
+    )
+    box = [make(name, strategy, lengths) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    assert box[0] is not None
+    return box[0]
+
+
 def rules_of(config: Config) -> LayerRules | None:
     return layer_rules_of(config, ModelShape.from_config(config.model, 257))
 
@@ -227,8 +238,7 @@ def run_plans(
     found = {}
     for name, strategy in cases:
         wrong = _WrongWeight(engine, rank) if name == "control" else None
-        make = {"free": make_free_plan, "step": make_step_plan}.get(name.split()[0], make_plan)
-        plan = make("2+1+1" if wrong else name, strategy, lengths)
+        plan = plan_of_case("2+1+1" if wrong else name, strategy, lengths)
         if wrong:
             runner = StepRunner(wrong, corpus, config, runtime, pool, rules_of(config))
         result = runner.accumulate(plan, ids)
