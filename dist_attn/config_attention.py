@@ -31,6 +31,10 @@ class AttentionConfig(Section):
     #: in turn. `contiguous`: rank after rank, which keeps windows at hand.
     ring_layout: Literal["zigzag", "balanced", "striped", "contiguous"] = "zigzag"
     deterministic: bool = False
+    #: In what gradients of keys and values travel. By default those that one kernel call returned,
+    #: in its own type, in which they lose nothing; sums over ranks in float32. `bfloat16` halves
+    #: what sums take on the way and rounds them at every hop; they add up in float32 in any case.
+    gradient_dtype: Literal["float32", "bfloat16"] | None = None
     #: GPUs of one host copy keys to each other where they can; else NCCL sends them.
     copy_engines: bool = True
     #: What the queries of some layers see inside their document; later entries win, and layers that

@@ -21,6 +21,7 @@ from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel, Step
 from dist_attn.attention.strategy import Call, Local, Strategy
 from dist_attn.attention.tile_step import TileStep, why_not_block_sparse
+from dist_attn.attention.two_level import Inner, TwoLevel
 from dist_attn.attention.ulysses import Ulysses
 from dist_attn.attention.workload import workload
 from dist_attn.groups import CommGroup
@@ -139,12 +140,22 @@ def _structure(cp_size: int, cp_rank: int, inner_size: int | None) -> CommGroup:
     )
 
 
-def _steps(strategy: Strategy, call: Call, device: torch.device) -> Iterator[tuple[Step, int]]:
-    """Steps of a strategy; of one that is not known here none, its calls then make their own."""
+def _steps(
+    strategy: Strategy | Inner, call: Call, device: torch.device
+) -> Iterator[tuple[Step, int]]:
+    """Steps of a strategy, of several levels or of one."""
     if isinstance(strategy, Ulysses):
         for across, share in strategy.shares(call, device):
             yield from _steps(across, share, device)
-        return
+    elif isinstance(strategy, TwoLevel):
+        for inner, share in strategy.shares(call):
+            yield from _steps(inner, share, device)
+    else:
+        yield from _steps_of_one_level(strategy, call)
+
+
+def _steps_of_one_level(strategy: Strategy | Inner, call: Call) -> Iterator[tuple[Step, int]]:
+    """Of one that is not known here none, its calls then make their own."""
     if not isinstance(strategy, (Local, Ring, Gather)):
         return
     work = call.work

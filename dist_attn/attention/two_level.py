@@ -10,7 +10,7 @@ and sends them home during the next round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -111,6 +111,18 @@ class TwoLevel(KeepsOwn):
                 visits.next(number)
         whole_dq = together([x.result() for x in dq], visits.classes, 1)
         return whole_dq, dkv[0].result(), dkv[1].result()
+
+    def shares(self, call: Call) -> Iterator[tuple[Inner, Call]]:
+        """What a call comes to inside this rank's node, round by round."""
+        inner, outer = call.group.inner, call.group.outer
+        assert inner is not None, "two levels need an inner and an outer group"
+        assert outer is not None, "two levels need an inner and an outer group"
+        classes = range(len(call.work.head_classes)) if self._by_class else [None]
+        for ahead in range(outer.cp_size):
+            for c in classes:
+                work = call.work.visit(inner.cp_size, ahead, c, whole=self._whole)
+                if work.needs.any():
+                    yield self._inner, replace(call, work=work, group=inner, kept=None)
 
     def _stage(self, call: Call, kept: Residuals, dout: Tensor, dq: RowSum) -> Pair | None:
         """Add dq of one round, and return the gradients of the keys that visit this rank."""

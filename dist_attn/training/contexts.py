@@ -132,6 +132,7 @@ def local_context(
     *,
     stream: Stream | None = None,
     deterministic: bool = False,
+    gradient_dtype: torch.dtype | None = None,
     ledger: Ledger | None = None,
 ) -> AttentionContext:
     """How the attention of a batch is carried out: causal inside each document, or as rules say.
@@ -142,6 +143,7 @@ def local_context(
         rules: what layers see.
         stream: its layout and masks, where they are there already.
         deterministic: bitwise the same result every time.
+        gradient_dtype: in what gradients of keys and values travel.
         ledger: counts what is sent.
     """
     stream = stream or Stream.of(batch, rules)
@@ -152,6 +154,7 @@ def local_context(
         strategy=batch.strategy,
         deterministic=deterministic,
         num_padding=batch.num_padding,
+        gradient_dtype=gradient_dtype,
         ledger=ledger,
     )
     if not stream.by_layer:

@@ -283,13 +283,20 @@ class StepRunner:
     def _context(self, share: _Share, ledger: Ledger) -> AttentionContext:
         """How the attention of a micro-batch is carried out."""
         contexts = []
-        deterministic = self._config.attention.deterministic
+        attention = self._config.attention
+        travels = attention.gradient_dtype and getattr(torch, attention.gradient_dtype)
         for group, part, stream in zip(share.by_part, share.parts, share.streams, strict=True):
             comm = self._comm_group(group)
             assert comm.cp_rank == part.cp_rank
-            contexts.append(
-                local_context(part, comm, stream=stream, deterministic=deterministic, ledger=ledger)
+            context = local_context(
+                part,
+                comm,
+                stream=stream,
+                deterministic=attention.deterministic,
+                gradient_dtype=travels,
+                ledger=ledger,
             )
+            contexts.append(context)
         return contexts[0] if len(contexts) == 1 else joined_context(share.batch, contexts)
 
     def _comm_group(self, group: Group | None) -> CommGroup:

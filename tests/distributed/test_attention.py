@@ -135,11 +135,23 @@ def test_gradients_may_travel_in_16_bits(strategy):
     args = (attend, 4, case, "causal documents", "zigzag", strategy)
     wide = run_ranks(*args, gradient_dtype=torch.float32)
     narrow = run_ranks(*args, gradient_dtype=torch.bfloat16)
+    by_default = run_ranks(*args)
     for a, b in zip(wide, narrow, strict=True):
         assert torch.equal(a["out"], b["out"])
         assert torch.equal(a["dq"], b["dq"])
         if strategy != "ulysses":
             assert a["all_bytes"]["dkv"] == 2 * b["all_bytes"]["dkv"]
+    # What one kernel call returned is rounded already, so nothing is lost in its own type; sums of
+    # several ranks travel in float32.
+    for a, b, c in zip(wide, narrow, by_default, strict=True):
+        assert torch.equal(a["dk"], c["dk"])
+        assert torch.equal(a["dv"], c["dv"])
+        if strategy == "gather":
+            assert c["all_bytes"] == b["all_bytes"]
+        elif strategy == "ulysses":
+            assert c["all_bytes"] == a["all_bytes"]
+        else:
+            assert b["all_bytes"]["dkv"] <= c["all_bytes"]["dkv"] <= a["all_bytes"]["dkv"]
     allowed = dense_mask(mask_of("causal documents", case), case)
     assert_as_good_as_torch(together(wide, case), case, allowed)
     want, got = exact(case, allowed), together(narrow, case)
@@ -189,6 +201,42 @@ def test_a_double_ring_crosses_nodes_once_a_round():
         assert part["forward_bytes"] == {"kv": 2 * kv_bytes, "kv_between_nodes": kv_bytes}
         # Home from each node, and one hop inside the other node.
         assert part["all_bytes"]["dkv"] == 3 * kv_bytes
+
+
+def test_gather_between_nodes_brings_a_key_to_a_node_once():
+    case = Case((64,))
+    parts = run_ranks(attend, 4, case, "causal", "contiguous", "gather+gather")
+    a_block = 2 * 16 * case.num_kv_heads * case.head_dim * 4
+    # The second node needs both blocks of the first one, each rank the one at its own place.
+    between = [part["forward_bytes"].get("kv_between_nodes", 0) for part in parts]
+    assert between == [a_block, a_block, 0, 0]
+    # Inside: to the neighbour of the own block what it sees; of the visitors to each other.
+    assert [p["forward_bytes"].get("kv", 0) for p in parts] == [a_block, 0, 2 * a_block, a_block]
+    home = [part["all_bytes"].get("dkv_between_nodes", 0) for part in parts]
+    assert home == [0, 0, a_block, a_block]
+    plain = run_ranks(attend, 4, case, "causal", "contiguous", "gather")
+    # Each rank of the second node would fetch the first one's blocks itself.
+    assert [p["forward_bytes"].get("kv", 0) for p in plain] == [
+        3 * a_block,
+        2 * a_block,
+        a_block,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["ring+gather", "gather+gather"])
+@pytest.mark.parametrize("mask_name", ["s2", "causal window"])
+def test_what_crosses_between_nodes_is_what_the_mask_needs(mask_name, strategy):
+    parts = run_ranks(attend, 4, ZOO_CASE, mask_name, "zigzag", strategy)
+    mask = mask_of(mask_name, ZOO_CASE)
+    heads = np.stack([mask.materialize(SEQ_LEN, h) for h in range(NUM_HEADS)])
+    by_kv_head = heads.reshape(2, 2, SEQ_LEN, SEQ_LEN).any(axis=1)
+    for holding, part in enumerate(parts):
+        k, others = part["positions"].numpy(), [2, 3] if holding < 2 else [0, 1]
+        q = np.concatenate([parts[r]["positions"].numpy() for r in others])
+        needed = int(by_kv_head[:, q][:, :, k].any(axis=1).sum())
+        sent = part["forward_bytes"].get("kv_between_nodes", 0)
+        assert sent == needed * 2 * ZOO_CASE.head_dim * 4
 
 
 def test_ring_sends_nothing_between_documents_on_single_ranks():

@@ -406,6 +406,19 @@ def test_two_levels_under_masks_of_layers(
     assert different > 100 * GRADIENT_TOLERANCE
 
 
+@pytest.mark.slow
+def test_gradients_travel_in_the_configured_type(
+    cache: str, expected: tuple[float, dict[str, Tensor]]
+) -> None:
+    """Rounded to bf16 on their way they differ by more than in float32; the loss does not."""
+    args = (run_plans, 4, cache, 2, [("4", "ring")], expected, 1, "cpu", "fp32")
+    found = run_ranks(*args, attention={"gradient_dtype": "bfloat16"}, timeout_s=120)
+    for by_case in found:
+        loss_error, gradient_error = by_case["4", "ring"]
+        assert loss_error <= LOSS_TOLERANCE
+        assert GRADIENT_TOLERANCE < gradient_error < 100 * GRADIENT_TOLERANCE
+
+
 def test_the_reference_separates_documents(cache: str) -> None:
     """Without the document mask the loss would be another: the oracle is no leaking one."""
     separate, leaking = run_ranks(leak, 1, cache)[0]

@@ -20,7 +20,8 @@ from tests.mask_zoo import NUM_HEADS, SEQ_LEN
 from tests.ranks import run_ranks
 
 CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
-STRATEGIES = ("ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather")
+KINDS = ("ring", "gather", "ulysses")
+STRATEGIES = (*KINDS, *(f"{inner}+{outer}" for inner in KINDS for outer in KINDS))
 HEADS = Heads(CASE.num_heads, CASE.num_kv_heads, CASE.head_dim, CASE.dtype)
 
 
