@@ -16,7 +16,7 @@ from dist_attn.config import Config, validate
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import engine_factory
 from dist_attn.integrations.hf import build_model
-from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.runtime import Runtime
