@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.command import losses, run, small_config, start
 from tests.faults import training
 from tests.ranks import run_ranks
 
 WIDER = "planner.max_tokens_per_device=256"
+#: Four launches, one after another.
+pytestmark = pytest.mark.timeout(900)
 TWO_RANKS = ("--nproc-per-node", "2", "--set", WIDER)
 
 
@@ -20,7 +23,7 @@ def killed_in_mid_step(config: Path, run_folder: Path, after_steps: int) -> tupl
     """Start a run, SIGKILL one rank some time after a step, and return how the launcher ended."""
     process = start("train", "--cfg", config, *TWO_RANKS)
     metrics = run_folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not metrics.is_file() or metrics.read_text().count("\n") < after_steps:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
