@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.command import losses, run, small_config, start, wait_for_steps
 from tests.faults import training
@@ -14,6 +15,8 @@ from tests.ranks import run_ranks
 WIDER = "planner.max_tokens_per_device=256"
 STEPS = 16
 TWO_RANKS = ("--nproc-per-node", "2", "--set", WIDER, "--set", f"run.steps={STEPS}")
+#: Four launches, one after another.
+pytestmark = pytest.mark.timeout(900)
 
 
 def killed_in_mid_step(config: Path, run_folder: Path, after_steps: int) -> tuple[int, str]:
