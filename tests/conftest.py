@@ -5,7 +5,7 @@ ranks from test to test; everything else goes file by file to whichever worker i
 """
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +21,21 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-TESTS = Path(__file__).parent
 IN_RANKS = ("distributed", "e2e", "gpu", "multigpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # before workers write the groups into the names of tests
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder, *rest = item.path.relative_to(TESTS).parts
-            group = "ranks" if folder in IN_RANKS else "/".join((folder, *rest))
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return worker_group(nodeid)
+
+    return ByFile(config, log)
+
+
+def worker_group(nodeid: str) -> str:
+    """What a worker takes as a whole: a file, or everything that is done in ranks."""
+    file = nodeid.partition("::")[0]
+    return "ranks" if set(file.split("/")) & set(IN_RANKS) else file
