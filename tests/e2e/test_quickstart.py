@@ -13,7 +13,6 @@ from tests.e2e.command import QUICKSTART, finish, losses, start
 from tests.faults import training
 from tests.ranks import run_ranks
 
-
 #: Many times what it takes: a machine that does other things as well is no failure.
 LONGEST_S = 500.0
 pytestmark = pytest.mark.timeout(2 * LONGEST_S)
