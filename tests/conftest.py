@@ -1,7 +1,8 @@
 """How tests run: Triton's interpreter where no GPU is, one thread, and workers side by side.
 
 `make test` lets two workers share the tests. Tests in ranks stay on one of them, which keeps its
-ranks from test to test; everything else goes file by file to whichever worker is free.
+ranks from test to test, whole runs on one of them, perhaps the other; everything else goes file by
+file to whichever worker is free.
 """
 
 import os
@@ -21,7 +22,8 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-IN_RANKS = ("distributed", "e2e", "gpu", "multigpu")
+#: Folders that a worker takes as a whole.
+TOGETHER = {"distributed": "ranks", "gpu": "ranks", "multigpu": "ranks", "e2e": "runs"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -36,6 +38,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def worker_group(nodeid: str) -> str:
-    """What a worker takes as a whole: a file, or everything that is done in ranks."""
+    """What a worker takes as a whole: a file, or everything that shares ranks, or whole runs."""
     file = nodeid.partition("::")[0]
-    return "ranks" if set(file.split("/")) & set(IN_RANKS) else file
+    return next((TOGETHER[part] for part in file.split("/") if part in TOGETHER), file)
