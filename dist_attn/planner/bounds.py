@@ -44,7 +44,6 @@ from dist_attn.planner.highs import Answer, WarmProgram
 from dist_attn.planner.program import Program
 from dist_attn.planner.relaxation import Relaxation, build_relaxation
 
-
 #: Columns of a linear program up to which all nodes that are allowed are solved.
 _COLUMNS = 700
 
