@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 CFG    ?= configs/quickstart.yaml
 RUN    ?= runs/$(basename $(notdir $(CFG)))-$(shell date +%Y%m%d-%H%M%S)
 TESTS  ?= tests
+WORKERS ?= 2
 
 .PHONY: train test test-faults test-slurm check format clean
 
@@ -13,7 +14,7 @@ train: $(VENV)/installed
 	$(BIN)/dist-attn train --cfg $(CFG) --set run.dir=$(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 # Kills, stops, stalls, long runs, and further cases of what `make test` has: too slow for every change.
 test-faults: $(VENV)/installed

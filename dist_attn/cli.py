@@ -23,7 +23,9 @@ from dist_attn.errors import (
     Stopped,
     UserError,
 )
+from dist_attn.training.rank_log import log_to
 from dist_attn.training.slurm import adopt_task
+from dist_attn.training.stop import STACKS_SIGNAL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A signal that ends the process (a truncated file under a memory map, say) shows where it was.
     with contextlib.suppress(io.UnsupportedOperation):  # stderr may be no file
         faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL)
     # Whatever the user's mask: nobody else writes into what a run leaves.
     os.umask(os.umask(0o022) | 0o022)
     try:
@@ -175,12 +178,21 @@ def _add_config(parser: argparse.ArgumentParser, *, several: bool = False) -> No
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start per node")
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        metavar="DIR",
+        help="what each rank writes goes to DIR/rank-N.log, after what is there",
+    )
 
 
 def _is_rank(parsed: argparse.Namespace) -> bool:
     """Whether torchrun or srun made this process a rank; else it starts the ranks of its node."""
     if parsed.nproc_per_node is None:
-        return "RANK" in os.environ or adopt_task(os.environ)
+        is_rank = "RANK" in os.environ or adopt_task(os.environ)
+        if is_rank and parsed.log_dir is not None:
+            log_to(parsed.log_dir, int(os.environ["RANK"]))
+        return is_rank
     if "RANK" in os.environ:
         raise ConfigError("--nproc-per-node goes to torchrun when torchrun starts the ranks")
     return False
@@ -193,7 +205,12 @@ def _launch(command: str, parsed: argparse.Namespace, patience_s: float, *more: 
     node = place_of_node(os.environ) if parsed.nproc_per_node is not None else None
     overrides = [part for item in parsed.set for part in ("--set", item)]
     arguments = [command, "--cfg", parsed.cfg, *overrides, *more]
-    return launch(arguments, ranks_per_node(parsed.nproc_per_node), patience_s, node)
+    if parsed.log_dir is not None:
+        arguments += ["--log-dir", str(parsed.log_dir)]
+    code = launch(arguments, ranks_per_node(parsed.nproc_per_node), patience_s, node)
+    if code and parsed.log_dir is not None:
+        sys.stderr.write(f"exit code {code}; what the ranks wrote is in {parsed.log_dir}\n")
+    return code
 
 
 def _train(parsed: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ configuration is refused before any rank starts work. Larger sections have files
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from dist_attn.config_attention import AttentionConfig
 from dist_attn.config_cost import CostConfig
 from dist_attn.config_data import BatchConfig, CorpusConfig, DataConfig, SourceConfig
+from dist_attn.config_device import decide
 from dist_attn.config_engine import EngineConfig, OptimizerConfig
 from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.config_model import LoraConfig, ModelConfig
@@ -32,7 +32,6 @@ from dist_attn.config_rope import RopeConfig
 from dist_attn.config_section import NonNegative, Positive, PositiveFloat, Section
 from dist_attn.config_stages import StageConfig, check_ends
 from dist_attn.config_yaml import override, read_yaml, validate
-from dist_attn.errors import ConfigError
 
 __all__ = [
     "AttentionConfig",
@@ -71,6 +70,8 @@ class RunConfig(Section):
     steps: Positive = 100
     seed: NonNegative = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: GPU ranks of a node that may all run on the same CPUs share them out, each near its GPU.
+    bind_cpus: bool = True
     #: A rank that waits longer than this for the others gives up with an error.
     timeout_s: PositiveFloat = 600.0
     #: What follows a loss or gradient that is NaN or infinite: end the run, or leave the step out.
@@ -142,13 +143,11 @@ class Config(Section):
                 f"must meet in every backward; use zero_stage 0 or 1, or synchronisation "
                 f"'micro_batch'"
             )
-        if self.engine.name == "megatron" and self.model.mlp_tile_tokens is not None:
-            raise ValueError(
-                "model.mlp_tile_tokens is not carried out by engine 'megatron'; use "
-                "tensor_parallel_degree, or engine 'deepspeed'"
-            )
         if self.engine.name == "megatron" and self.model.lora is not None:
-            raise ValueError("model.lora is not carried out by engine 'megatron'; use 'deepspeed'")
+            raise ValueError(
+                "model.lora is not carried out by engine 'megatron', whose layers hold queries, "
+                "keys and values in one matrix; use engine 'deepspeed'"
+            )
         self._check_tensor_parallel()
         return self
 
@@ -194,17 +193,7 @@ class Config(Section):
         Raises:
             ConfigError: what was asked for does not go with the device.
         """
-        decided: dict[str, str] = {}
-        if self.model.dtype == "auto":
-            decided["dtype"] = "bf16" if device_type == "cuda" else "fp32"
-        if self.model.kernels == "auto":
-            fused = device_type == "cuda" and find_spec("liger_kernel") is not None
-            decided["kernels"] = "liger" if fused else "torch"
-        elif self.model.kernels == "liger" and device_type != "cuda":
-            raise ConfigError(
-                f"model.kernels 'liger' runs on GPUs, not on {device_type}; set it to 'auto' or "
-                f"'torch'"
-            )
+        decided = decide(self.model, self.engine, device_type)
         if not decided:
             return self
         # Validated again: the dtype may not go with the ZeRO stage.

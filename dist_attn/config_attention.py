@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 
 from dist_attn.config_masks import LayerMaskConfig, Section
 
-Strategy = Literal["ring", "ulysses", "gather", "ring+ring", "ulysses+ring", "ulysses+gather"]
+Strategy = Literal[
+    "ring", "ulysses", "gather",
+    "ring+ring", "ring+gather", "ring+ulysses",
+    "gather+ring", "gather+gather", "gather+ulysses",
+    "ulysses+ring", "ulysses+gather", "ulysses+ulysses",
+]  # fmt: skip
 
 
 class AttentionConfig(Section):
@@ -26,6 +31,10 @@ class AttentionConfig(Section):
     #: in turn. `contiguous`: rank after rank, which keeps windows at hand.
     ring_layout: Literal["zigzag", "balanced", "striped", "contiguous"] = "zigzag"
     deterministic: bool = False
+    #: In what gradients of keys and values travel. By default those that one kernel call returned,
+    #: in its own type, in which they lose nothing; sums over ranks in float32. `bfloat16` halves
+    #: what sums take on the way and rounds them at every hop; they add up in float32 in any case.
+    gradient_dtype: Literal["float32", "bfloat16"] | None = None
     #: GPUs of one host copy keys to each other where they can; else NCCL sends them.
     copy_engines: bool = True
     #: What the queries of some layers see inside their document; later entries win, and layers that
@@ -37,7 +46,7 @@ class AttentionConfig(Section):
         if self.inner_degree is not None and not any("+" in s for s in self.strategies):
             raise ValueError(
                 f"inner_degree {self.inner_degree} is for strategies in two levels, got "
-                f"{self.strategies}; add 'ulysses+ring', 'ulysses+gather' or 'ring+ring', or leave "
-                f"inner_degree out"
+                f"{self.strategies}; add one such as 'ulysses+ring', 'ring+ring' or "
+                f"'gather+gather', or leave inner_degree out"
             )
         return self

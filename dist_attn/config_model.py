@@ -55,10 +55,14 @@ class ModelConfig(Section):
     offload_checkpoints: bool = False
     #: Compute the MLP so many tokens at a time, and again in its backward; None: all at once.
     mlp_tile_tokens: Positive | None = None
-    #: liger: norms, gates and rotations as fused kernels (the package liger-kernel, GPUs only).
-    #: `auto` takes them where they are.
+    #: liger: norms, gates and rotations as fused kernels (the package liger-kernel, GPUs only, by
+    #: deepspeed). `auto` takes them where they are.
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    #: Tokens whose logits exist at a time in the loss.
+    #: liger: the vocabulary projection and its loss as a fused kernel (the package liger-kernel,
+    #: GPUs only, no tensor parallelism); torch: ours, a chunk of tokens at a time. `auto` takes the
+    #: kernel where it can be had.
+    loss: Literal["auto", "torch", "liger"] = "auto"
+    #: Tokens whose logits exist at a time in torch's loss; Liger chooses its own.
     loss_chunk_tokens: Positive = 1024
 
     @model_validator(mode="after")

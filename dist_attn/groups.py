@@ -82,6 +82,11 @@ class GroupPool:
     def __len__(self) -> int:
         return len(self._groups)
 
+    @property
+    def peer_bytes(self) -> int:
+        """Memory of this rank into which other GPUs of its groups copy."""
+        return sum(peers.num_bytes for peers in self._peers.values())
+
     def ensure(self, rank_sets: Iterable[Iterable[int]]) -> None:
         """Make the groups that are missing, after ending the least recently used ones.
 

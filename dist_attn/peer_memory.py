@@ -37,16 +37,24 @@ class Lane:
     peers: tuple[Tensor, ...]
     slot_bytes: int
 
-    def slot(self, cp_rank: int, number: int) -> Tensor:
-        """Slot of the exchange `number` of a rank, uint8."""
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each rank's memory begins, as this GPU sees it."""
+        return tuple(int(x.data_ptr()) for x in self.peers)
+
+    def own_slot(self, number: int) -> Tensor:
+        """This rank's slot of the exchange `number`, uint8."""
         first = number % 2 * self.slot_bytes
-        return self.peers[cp_rank][first : first + self.slot_bytes]
+        return self.own[first : first + self.slot_bytes]
+
+    def slot_address(self, cp_rank: int, number: int) -> int:
+        """Where a rank's slot of the exchange `number` begins."""
+        return self.addresses[cp_rank] + number % 2 * self.slot_bytes
 
     def word(self, holder: int, kind: int, writer: int) -> int:
         """Address of the word of `holder` that `writer` writes; kind 0: free, 1: message there."""
-        size = len(self.peers)
-        memory = self.peers[holder]
-        return int(memory.data_ptr()) + 2 * self.slot_bytes + 4 * (kind * size + writer)
+        at = 2 * self.slot_bytes + 4 * (kind * len(self.peers) + writer)
+        return self.addresses[holder] + at
 
 
 class PeerMemory:
@@ -61,6 +69,11 @@ class PeerMemory:
         self._lanes: dict[str, Lane] = {}
         self._number = 0
         self.stream = torch.cuda.Stream(priority=-1)
+
+    @property
+    def num_bytes(self) -> int:
+        """This rank's memory of all lanes; torch's allocator does not count it."""
+        return sum(lane.own.nbytes for lane in self._lanes.values())
 
     def next_number(self) -> int:
         """Number of the next exchange, the same on all ranks."""
@@ -87,12 +100,20 @@ class PeerMemory:
         """Let a stream write a word, after all that it has copied."""
         _check(_driver().cuStreamWriteValue32(stream.cuda_stream, address, number, _DEFAULT_WRITE))
 
+    def copy(self, target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+        """Let a stream copy between addresses of any GPUs of the group.
+
+        Torch's own copy would take ten times as long to start, with a change of stream.
+        """
+        if num_bytes:
+            _check(_driver().cuMemcpyAsync(target, source, num_bytes, stream.cuda_stream))
+
     def _make(self, slot_bytes: int) -> Lane:
         from torch.distributed import _symmetric_memory as symmetric  # noqa: PLC0415 - CUDA only
 
         # What still copies into the lane that this one replaces must be done.
         torch.cuda.synchronize()
-        slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
+        slot_bytes = aligned(slot_bytes)
         total = 2 * slot_bytes + _WORDS_BYTES
         own = symmetric.empty(total, dtype=torch.uint8, device=torch.device("cuda"))
         own[2 * slot_bytes :].zero_()
@@ -102,6 +123,11 @@ class PeerMemory:
         torch.cuda.synchronize()
         dist.barrier(self._process_group, device_ids=[torch.cuda.current_device()])
         return Lane(own, peers, slot_bytes)
+
+
+def aligned(num_bytes: int) -> int:
+    """Return what a message of so many bytes takes of a slot."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def why_no_peer_memory(ranks: tuple[int, ...], process_group: dist.ProcessGroup) -> str | None:

@@ -168,8 +168,9 @@ def attend(
     """One rank's part of out, lse and gradients, with its positions and what it has sent."""
     two_levels = "+" in strategy and dist.get_world_size() > 1
     group = kwargs.pop("group", None)
+    inner_size = kwargs.pop("inner_size", None) or INNER_SIZE.get(dist.get_world_size())
     if group is None:
-        group = world_group(INNER_SIZE[dist.get_world_size()] if two_levels else None, device)
+        group = world_group(inner_size if two_levels else None, device)
     layout, ledger = layout_of(layout_kind, case), Ledger()
     positions = torch.from_numpy(layout.positions(group.cp_rank))
     x = {name: t[positions].to(device.partition(":")[0]) for name, t in case.tensors().items()}

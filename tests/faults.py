@@ -18,7 +18,7 @@ from dist_attn.training.runtime import Runtime
 from dist_attn.training.step import StepRunner
 
 OVERRIDES = [
-    "planner.max_tokens_per_device=256", "logging.tensorboard=false", "checkpoint.every_steps=3",
+    "planner.max_tokens_per_device=256", "checkpoint.every_steps=3",
 ]  # fmt: skip
 
 

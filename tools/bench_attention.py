@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ from dist_attn_kernels import reference
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Largest error, relative to the largest value, that counts as right.
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
-OURS = ("ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather")
+ONE_LEVEL = ("ring", "gather", "ulysses")
+OURS = (*ONE_LEVEL, *(f"{inner}+{outer}" for inner in ONE_LEVEL for outer in ONE_LEVEL))
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -136,16 +138,27 @@ def main() -> None:
         without_times=args.without_times,
         peers_folder=args.peers,
     )
-    results = [r for n in args.ranks for r in run_ranks(options, n)]
+    results: list[Result] = []
+    for num_ranks in args.ranks:
+        for some in run_ranks(options, num_ranks):
+            # What is there is written at once: a run that is cut short loses nothing.
+            results += some
+            text = write(options, args, results)
+            print(f"{some[0].mask}, {some[0].seq_len} tokens, {num_ranks} ranks", file=sys.stderr)
+    plot(results, args.out.with_suffix(".png"))
+    plot_errors(results, args.out.with_name(args.out.name + "_errors.png"))
+    print(text)
+
+
+def write(options: Options, args: argparse.Namespace, results: list[Result]) -> str:
+    """Write the table, and the rows as JSON; return the table."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     text = table(f"Attention over ranks on {device}", about(options, args.note), results)
     args.out.with_suffix(".md").write_text(text, encoding="utf-8")
     rows = json.dumps([asdict(r) for r in results], indent=1)
     args.out.with_suffix(".json").write_text(rows, encoding="utf-8")
-    plot(results, args.out.with_suffix(".png"))
-    plot_errors(results, args.out.with_name(args.out.name + "_errors.png"))
-    print(text)
+    return text
 
 
 def about(options: Options, note: str) -> str:
@@ -164,8 +177,8 @@ def about(options: Options, note: str) -> str:
     )
 
 
-def run_ranks(options: Options, num_ranks: int) -> list[Result]:
-    """Run every case in `num_ranks` processes and return the first one's results."""
+def run_ranks(options: Options, num_ranks: int) -> Iterator[list[Result]]:
+    """Run every case in `num_ranks` processes; yield the first one's results mask by mask."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = context.Pipe()
@@ -181,7 +194,8 @@ def run_ranks(options: Options, num_ranks: int) -> list[Result]:
             process.start()
         theirs.close()
         try:
-            return ours.recv()
+            for _ in range(len(options.seq_lens) * len(options.masks)):
+                yield ours.recv()
         except EOFError:
             raise SystemExit(f"a run on {num_ranks} ranks failed; see above") from None
         finally:
@@ -201,17 +215,17 @@ def rank_main(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks
     )
     wire = Wire()
-    results = []
     with counted(wire):
         for seq_len in options.seq_lens:
             by_name = cases(options, seq_len)
             for mask_name in options.masks:
                 bench = Bench(options, by_name[mask_name], wire)
+                results = []
                 for strategy in options.strategies if num_ranks > 1 else ["local"]:
                     row = {"mask": mask_name, "strategy": strategy, "seq_len": seq_len}
                     results.append(Result(**row, ranks=num_ranks, **bench.measure(strategy)))
-    if results_to is not None:
-        results_to.send(results)
+                if results_to is not None:
+                    results_to.send(results)
     dist.barrier()
 
 

@@ -34,6 +34,8 @@ from multi_gpu import rates as rates_part
 from multi_gpu import training as training_part
 from multi_gpu.timing import Clock, Report
 
+#: Seconds that attention leaves for the parts after it.
+TRAINING_S, CONTEXT_S = 190.0, 90.0
 PARTS = ("rates", "attention", "training", "context")
 
 
@@ -42,9 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--budget-s", type=float, default=460.0)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**15, 2**17, 2**18])
-    parser.add_argument("--masks", nargs="+", default=list(attention_part.MASKS))
-    parser.add_argument("--heads", nargs="+", default=["32:32", "32:8"], help="query:key/value")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of all GPUs together")
+    parser.add_argument("--masks", nargs="+", choices=list(attention_part.MASKS))
+    parser.add_argument("--heads", nargs="+", help="query:key/value, such as 32:8")
     parser.add_argument("--methods", nargs="+", default=list(attention_part.METHODS))
     parser.add_argument("--out", type=Path, help="path without a suffix")
     args = parser.parse_args()
@@ -59,8 +61,9 @@ def main() -> None:
         if "rates" in args.parts:
             rates_part.run(report, clock)
         if "attention" in args.parts:
-            cases = attention_part.cases(args.tokens, args.masks, args.heads)
-            attention_part.run(report, clock, cases, args.methods)
+            later = {"training": TRAINING_S, "context": CONTEXT_S}
+            keep_s = sum(seconds for part, seconds in later.items() if part in args.parts)
+            attention_part.run(report, clock, chosen(args), args.methods, keep_s)
         dist.barrier()
         dist.destroy_process_group()
     torch.cuda.empty_cache()
@@ -78,6 +81,17 @@ def main() -> None:
             args.out.with_suffix(".json").write_text(rows + "\n", encoding="utf-8")
             attention_part.plot(report, args.out.with_suffix(".png"))
         print(text)
+
+
+def chosen(args: argparse.Namespace) -> list[attention_part.Case]:
+    """The cases that are asked for, or the usual ones."""
+    if not (args.tokens or args.masks or args.heads):
+        return list(attention_part.DEFAULT_CASES)
+    return attention_part.cases(
+        args.tokens or [2**15, 2**17],
+        args.masks or list(attention_part.MASKS),
+        args.heads or ["32:32"],
+    )
 
 
 def header(size: int, clock: Clock) -> list[str]:

@@ -3,9 +3,11 @@
     tools/bench_training.py --out DIR [--tokens 8192 32768 131072] [--masks dense s2]
 
 A Llama of about 1.1B parameters (`--model tiny` on CPUs) takes steps of documents of equal lengths
-through the parts of a real run: planner, packing, model, DeepSpeed engine. Of some cases one more
-step is profiled, so that one run tells where the time goes. FLOPs are those of the model: attention
-by its mask's area, recomputation not counted. Writes DIR/bench_training.json; the table comes last.
+through the parts of a real run: planner, packing, model, DeepSpeed engine. Before each step masks
+are forgotten, as if its documents had other lengths. Predicted times are those of the spec sheet,
+and those of a calibration made on the spot. Of some cases one more step is profiled, so that one
+run tells where the time goes. FLOPs are those of the model: attention by its mask's area,
+recomputation not counted. Writes DIR/bench_training.json and DIR/training.md; the table comes last.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from training_bench.corpus import RandomCorpus
+from training_bench.losses import losses
+from training_bench.losses import table as table_of_losses
+from training_bench.predictions import Predictions
+from training_bench.report import line, table
 
 from dist_attn.config import Config, validate
 from dist_attn.data import Corpus
@@ -35,8 +42,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.deepspeed_engine import DeepSpeedEngine
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.cluster import SPEC_SHEETS, local_cluster
-from dist_attn.planner.command import layer_rules_of
-from dist_attn.planner.fitting import memory_of, planning_problem_of
+from dist_attn.planner.fitting import layer_rules_of, memory_of, planning_problem_of
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.problem import PlanningProblem
@@ -83,21 +89,6 @@ class Case:
         return f"{self.tokens // 1024}K {self.mask}"
 
 
-class RandomCorpus:
-    """Documents of random tokens: what the loop asks of a corpus."""
-
-    def __init__(self, lengths: list[int], vocab_size: int) -> None:
-        self.lengths = np.array(lengths, np.int64)
-        self.loss_weights = None
-        self._vocab_size = vocab_size
-
-    def check(self) -> None:
-        """There are no files that could change."""
-
-    def gather(self, documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return (documents * 7919 + positions * 104729) % 1000003 % self._vocab_size
-
-
 class Bench:
     """One model and engine on one device, for all cases."""
 
@@ -111,6 +102,8 @@ class Bench:
         self.cluster = local_cluster(1, [self.name], 1)
         self.peak_flops = SPEC_SHEETS[self.cluster.devices[0].name].peak_tflops * 1e12
         self.pool = GroupPool()
+        self.predictions = Predictions(args.out, self.runtime, self.cluster)
+        self.began = time.perf_counter()
         self.build(args.kernels)
 
     def build(self, kernels: str) -> None:
@@ -119,7 +112,7 @@ class Bench:
         began = time.perf_counter()
         base = {
             "model": {**MODELS[args.model], "loss_chunk_tokens": args.loss_chunk_tokens,
-                      "kernels": kernels, "rope_theta": 500000.0},
+                      "kernels": kernels, "loss": args.loss, "rope_theta": 500000.0},
             "engine": {"zero_stage": args.zero_stage, "bucket_elements": args.bucket_elements},
             "data": {"max_document_tokens": max(args.tokens),
                      "batch": {"tokens": max(args.batch_tokens, *args.tokens)}},
@@ -131,16 +124,21 @@ class Bench:
             self.model = build_model(
                 self.config.model.model_copy(update=recomputed), MODELS[args.model]["vocab_size"], 1
             )
+        self.num_parameters = sum(p.numel() for p in nn.Module.parameters(self.model))
         self.engine = DeepSpeedEngine(self.model, self.config, self.device)
         print(f"{self.name}: model and engine in {time.perf_counter() - began:.1f} s, kernels "
               f"'{self.config.model.kernels}', {self.config.model.dtype}", flush=True)  # fmt: skip
 
-    def rebuild(self, kernels: str) -> None:
+    def close(self) -> None:
+        """Free model and engine."""
         self.engine.close()
         del self.engine, self.model
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def rebuild(self, kernels: str) -> None:
+        self.close()
         self.build(kernels)
 
     def attempt(self, case: Case) -> dict[str, Any] | None:
@@ -167,6 +165,7 @@ class Bench:
         documents = max(1, self.args.batch_tokens // case.tokens)
         lengths = (case.tokens,) * documents
         plan = problem.solve(lengths)
+        calibrated = self.calibrated(config, plan)
         runner = self.runner(config, lengths)
         seconds, phases = self.steps(runner, plan)
         flops = self.flops(problem, lengths)
@@ -175,13 +174,16 @@ class Bench:
             "case": case.name, "tokens": case.tokens, "mask": case.mask, "documents": documents,
             "micro_batches": len(plan.micro_batches), "recompute": recompute,
             "step_s": median, "steps_s": seconds, **phases,
-            "predicted_s": plan.predicted_s, "tokens_per_s": sum(lengths) / median,
-            "mfu": flops / median / self.peak_flops, "model_tflop": flops / 1e12,
+            "predicted_s": plan.predicted_s, "calibrated_s": calibrated,
+            "tokens_per_s": sum(lengths) / median, "mfu": flops / median / self.peak_flops,
+            "model_tflop": flops / 1e12,
             "peak_gib": self.peak_gib(), **self.predicted_memory(config, problem, plan),
         }  # fmt: skip
+        if case.mask == "s2":
+            row["equal_streams_s"] = self.timed(runner, plan, fresh=False)[0]
         if case.name in self.args.profile:
             row["profile"] = self.profile(runner, plan, case)
-        print(_line(row), flush=True)
+        print(line(row), flush=True)
         return row
 
     def choose(self, case: Case, always_recompute: bool) -> tuple[Config, PlanningProblem]:
@@ -198,6 +200,17 @@ class Bench:
                 break
         return config, problem
 
+    def calibrated(self, config: Config, plan: Plan) -> float | None:
+        """Predicted by a calibration; none where it is not wanted or time is short."""
+        spent = time.perf_counter() - self.began
+        if not self.args.calibrate or spent > 0.8 * self.args.total_seconds:
+            return None
+        seconds = self.predictions.of(config, plan)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return seconds
+
     def runner(self, config: Config, lengths: tuple[int, ...]) -> StepRunner:
         shape = ModelShape.from_config(config.model)
         rules = layer_rules_of(config, shape)
@@ -205,19 +218,27 @@ class Bench:
         return StepRunner(self.engine, corpus, config, self.runtime, self.pool, rules)
 
     def steps(self, runner: StepRunner, plan: Plan) -> tuple[list[float], dict[str, float]]:
-        self.step(runner, plan)
-        self.synchronize()
+        self.timed(runner, plan)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds: list[float] = []
         optimizer: list[float] = []
         while len(seconds) < self.args.steps and sum(seconds) < self.args.seconds_per_case:
-            began = time.perf_counter()
-            optimizer.append(self.step(runner, plan))
-            self.synchronize()
-            seconds.append(time.perf_counter() - began)
+            whole, last = self.timed(runner, plan)
+            seconds.append(whole)
+            optimizer.append(last)
         return seconds, {"optimizer_s": min(optimizer)}
+
+    def timed(self, runner: StepRunner, plan: Plan, *, fresh: bool = True) -> tuple[float, float]:
+        """Seconds of a step, and of its optimizer; `fresh`: as if all documents were new."""
+        if fresh:
+            runner.forget_streams()
+        self.synchronize()
+        began = time.perf_counter()
+        optimizer = self.step(runner, plan)
+        self.synchronize()
+        return time.perf_counter() - began, optimizer
 
     def step(self, runner: StepRunner, plan: Plan) -> float:
         """One step; returns the seconds of the optimizer's part."""
@@ -234,6 +255,7 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         cuda = self.device.type == "cuda"
+        runner.forget_streams()
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
             began = time.perf_counter()
             self.step(runner, plan)
@@ -300,9 +322,19 @@ def main() -> None:
             if time.perf_counter() - began > args.total_seconds:
                 print(f"stopped after {args.total_seconds} s; cases are left out")
                 break
+        bench.close()
+        report["losses"] = []
+        if bench.device.type == "cuda":
+            report["losses"] = losses(args.loss_chunk_tokens)
+            (args.out / "bench_training.json").write_text(json.dumps(report, indent=1))
         dist.destroy_process_group()
-    print(f"\n{json.dumps(report['machine'])}; {time.perf_counter() - began:.0f} s in all")
-    print(table(rows))
+    text = "\n".join(
+        (f"{json.dumps(report['machine'])}; {time.perf_counter() - began:.0f} s in all, "
+         f"{bench.predictions.seconds:.0f} s of them for calibrations", "",
+         table_of_losses(report["losses"]), "", table(rows))
+    )  # fmt: skip
+    (args.out / "training.md").write_text(text + "\n")
+    print(f"\n{text}")
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -311,35 +343,9 @@ def machine(bench: Bench) -> dict[str, Any]:
     ).stdout.strip()  # fmt: skip
     return {
         "device": bench.name, "torch": torch.__version__, "python": platform.python_version(),
-        "commit": commit, "parameters": sum(p.numel() for p in nn.Module.parameters(bench.model)),
+        "commit": commit, "parameters": bench.num_parameters,
         "peak_tflops": bench.peak_flops / 1e12,
     }  # fmt: skip
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| documents | mask | recompute | step s | predicted s | tokens/s | MFU | peak GiB "
-        "| predicted GiB |",
-        "|" + "---|" * 9,
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['documents']} x {r['tokens']:,} | {r['mask']} | "
-            f"{'layers' if r['recompute'] else 'no'} | {r['step_s']:.3f} | {r['predicted_s']:.3f} "
-            f"| {r['tokens_per_s']:,.0f} | {r['mfu']:.1%} | {r['peak_gib']:.1f} | "
-            f"{r['predicted_gib']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any]) -> str:
-    keys = ("step_s", "optimizer_s", "predicted_s", "tokens_per_s", "mfu", "peak_gib",
-            "predicted_gib")  # fmt: skip
-    return (
-        f"{row['case']}: "
-        + "  ".join(f"{k} {row[k]:.3f}" for k in keys)
-        + (f"  recompute {row['recompute']}  micro-batches {row['micro_batches']}")
-    )
 
 
 def _kind(name: str) -> str:
@@ -354,6 +360,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="1b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernels", choices=["auto", "torch", "liger"], default="auto")
+    parser.add_argument("--loss", choices=["auto", "torch", "liger"], default="auto")
+    parser.add_argument(
+        "--calibrate", action=argparse.BooleanOptionalAction, default=True,
+        help="measure the costs of each kind of case first, for a second prediction",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 8192])
     parser.add_argument("--masks", nargs="+", choices=["dense", "s2"], default=["dense", "s2"])
     parser.add_argument("--batch-tokens", type=int, default=65536)
@@ -362,7 +373,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bucket-elements", type=int, default=100_000_000)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a case, at most")
     parser.add_argument("--seconds-per-case", type=float, default=5.0)
-    parser.add_argument("--total-seconds", type=float, default=80.0)
+    parser.add_argument("--total-seconds", type=float, default=125.0)
     parser.add_argument("--always-recompute", action="store_true")
     parser.add_argument("--profile", nargs="*", default=["32K dense", "32K s2"])
     parser.add_argument("--top", type=int, default=25, help="kernels shown of a profile")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.layout import IntArray
+from dist_attn_kernels.join import join_heads
 from dist_attn_kernels.merge import merge_part
 
 
@@ -164,7 +165,7 @@ class RowSum:
         self.add(self._every_row(), part)
 
     def add_heads(self, heads: slice, part: Tensor) -> None:
-        """Add every row of some heads. The slices do not overlap and come to all heads in the end.
+        """Add every row of one half of the heads; the other half comes too.
 
         Such parts are added to everything else at the end.
         """
@@ -210,25 +211,20 @@ class RowSum:
         return self.wide().to(dtype)
 
     def _with_heads(self) -> Tensor:
-        result = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        """Join the two halves of the heads, and add what there is beside them."""
+        (_, first), (_, second) = sorted(self._by_heads, key=lambda part: part[0].start)
         rows, rest = self._every_row(), self._total
         if rest is None and self._last is not None:
             rows, rest = self._last
         elif self._last is not None:
             self._add_last()
             rest = self._total
-        for heads, part in self._by_heads:
-            target = result[:, heads]
-            if rest is None or rows.run is None:
-                target.copy_(part)
-                continue
-            first, end = rows.run.start, rows.run.stop
-            target[:first].copy_(part[:first])
-            torch.add(part[first:end], rest[:, heads], out=target[first:end])
-            target[end:].copy_(part[end:])
-        if rest is not None and rows.run is None:
-            rows.add(result, rest)
-        return result
+        if rest is None or rows.run is not None:
+            joined = join_heads(first, second, rest, 0 if rows.run is None else rows.run.start)
+        else:
+            joined = join_heads(first, second, None, 0)
+            rows.add(joined, rest)
+        return joined.to(self._like.dtype)
 
     def _every_row(self) -> Rows:
         return every_row(len(self._like))

@@ -47,7 +47,7 @@ def attention(  # noqa: PLR0913
         layout: which rank holds which tokens; local lengths may differ and may be 0.
         group: the ranks.
         strategy: `local`, `ring`, `gather`, `ulysses`, or, for a group with an inner and an outer
-            group, `ring+ring`, `ulysses+ring` or `ulysses+gather`; a group of one is always local.
+            group, two of the last three, `inner+outer`; a group of one is always local.
         softmax_scale: factor of the scores, by default 1 / sqrt(D).
         return_lse: also return the normaliser.
         deterministic: bitwise the same result every time, at some cost on a GPU.

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dist_attn.attention.partial_tiles import Bounds, Cut, Partial
 from dist_attn.layout import IntArray
-from dist_attn.masks import Mask, stretches, tile_lists
-from dist_attn.masks.parts import stack_parts, union_per_row
-from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL, BlockLists, Tiles, build_lists
+from dist_attn.masks import Mask, TileLists, stretches, tile_lists
+from dist_attn_kernels.lists import BITS, BLOCK, BlockLists
+from dist_attn_kernels.run_tables import lists_from_runs
+from dist_attn_kernels.runs import TileRuns
 from dist_attn_kernels.segments import Saved
-
-#: Partial tiles whose elements are evaluated at a time.
-TILES_AT_A_TIME = 4096
-Coordinates = tuple[IntArray, IntArray, IntArray]
 
 
 class BlockSparse:
     """The lists of some query heads on one device, and the kernels on them.
-
-    A partial tile is cut by one or two key intervals per query where the mask is made of such, else
-    by bits; tiles of equal bits share them.
 
     Args:
         mask: the mask.
@@ -43,19 +36,8 @@ class BlockSparse:
         num_kv_heads: int,
         device: torch.device,
     ) -> None:
-        self.lists: BlockLists | None = None
-        tables = list_tiles(mask, positions, heads)
-        if tables is None:
-            return
-        head, q_block, k_block, kind = (torch.from_numpy(x).to(device) for x in tables.tiles)
-        intervals, bits = (
-            None if x is None else torch.from_numpy(x).to(device)
-            for x in (tables.intervals, tables.bits)
-        )
-        lengths = len(positions[0]), len(positions[1])
-        num_heads = len(heads) if tables.per_head else 1
-        tiles = Tiles(*lengths, num_heads, head, q_block, k_block, kind, intervals, bits)
-        self.lists = build_lists(tiles, num_heads // num_kv_heads if tables.per_head else 1)
+        runs = list_runs(mask, positions, heads, num_kv_heads)
+        self.lists: BlockLists | None = None if runs is None else lists_from_runs(runs, device)
 
     def forward(
         self, softmax_scale: float, q: Tensor, k: Tensor, v: Tensor
@@ -81,137 +63,174 @@ class BlockSparse:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """The arrays of `dist_attn_kernels.lists.Tiles`.
+def list_runs(
+    mask: Mask,
+    positions: tuple[IntArray, IntArray],
+    heads: Sequence[int],
+    num_kv_heads: int,
+) -> TileRuns | None:
+    """Return the tiles of some query heads, or None if there are none.
+
+    Heads of one pattern share their tiles. Where all heads that read one key/value head are alike,
+    the lists are those of key/value heads.
+    """
+    groups, group_of = _groups(mask, heads, num_kv_heads)
+    q_stretches, k_stretches = (stretches(p, BLOCK) for p in positions)
+    tiles: dict[Hashable, _HeadTiles] = {}
+    for head in (h for group in groups for h in group):
+        pattern = mask.pattern(head)
+        if pattern not in tiles:
+            lists = tile_lists(mask, q_stretches, k_stretches, head)
+            tiles[pattern] = _HeadTiles(lists, len(positions[1]))
+    first_of = {mask.pattern(h): h for group in reversed(groups) for h in reversed(group)}
+    bounds: dict[Hashable, Bounds] = {}
+    rows: dict[Hashable, list[IntArray]] = {}
+    for pattern, head in first_of.items():
+        rows.setdefault(mask.interval_pattern(head), []).append(tiles[pattern].partial.row)
+    cuts: dict[Hashable, Cut] = {}
+    for pattern, head in first_of.items():
+        alike = mask.interval_pattern(head)
+        if alike not in bounds:
+            asked = np.flatnonzero(np.bincount(np.concatenate(rows[alike])))
+            bounds[alike] = Bounds(mask, positions, head, asked)
+        cuts[pattern] = bounds[alike].cut(head, tiles[pattern].partial)
+    every = [h for group in groups for h in group]
+    runs = _put_together(
+        [(tiles[mask.pattern(h)], cuts[mask.pattern(h)]) for h in every],
+        [bounds[mask.interval_pattern(h)].table for h in every],
+        (len(positions[0]), len(positions[1])),
+        (len(groups[0]), np.array(group_of)),
+    )
+    return runs if len(runs.full) + len(runs.partial[0]) else None
+
+
+class _HeadTiles:
+    """The tiles of one head: its order of key blocks, runs of full tiles, and partial ones.
 
     Attributes:
-        per_head: whether heads differ.
-        tiles: mask head, query block, key block and kind of each tile.
-        intervals: int32 [1 or heads, 2 or 4, q], if tiles are cut by intervals.
-        bits: int32 [n, 64, 2], if tiles are cut by bits.
+        key_of_place: int64 [key blocks].
+        full: int64 [n, 2] intervals of places on a line, a stretch of it for each query block.
+        partial: the other tiles.
     """
 
-    per_head: bool
-    tiles: tuple[IntArray, ...]
-    intervals: npt.NDArray[np.int32] | None
-    bits: npt.NDArray[np.int32] | None
+    def __init__(self, lists: TileLists, num_keys: int) -> None:
+        num_k = lists.num_keys
+        # The last key block may reach past the keys: it is cut there.
+        cut_last = num_keys % BLOCK != 0
+        row, key = [], []
+        orders, begins, ends = [], [], []
+        offset = 0
+        for s in lists.full:
+            begin, end = s.begin, s.end
+            if cut_last and len(s.tiles) and s.tiles[-1] == num_k - 1:
+                cut = np.flatnonzero(((begin < end) & (end == len(s.tiles))).any(axis=1))
+                row.append(cut)
+                key.append(np.full(len(cut), num_k - 1))
+                end = np.minimum(end, len(s.tiles) - 1)
+            line, column = np.nonzero(begin < end)
+            at = line * num_k + offset
+            begins.append(at + begin[line, column])
+            ends.append(at + end[line, column])
+            orders.append(s.tiles)
+            offset += len(s.tiles)
+        for s in lists.partial:
+            s_row, s_key = s.expand()
+            row.append(s_row)
+            key.append(s_key)
+        nothing = np.empty(0, dtype=np.int64)
+        self.key_of_place = np.concatenate([*orders, nothing])
+        if len(self.key_of_place) < num_k:
+            others = np.ones(num_k, dtype=bool)
+            others[self.key_of_place] = False
+            self.key_of_place = np.append(self.key_of_place, np.flatnonzero(others))
+        self.partial = Partial(np.concatenate([*row, nothing]), np.concatenate([*key, nothing]))
+        self.full = _joined(
+            np.concatenate([*begins, nothing]), np.concatenate([*ends, nothing]), num_k
+        )
 
 
-def list_tiles(
-    mask: Mask, positions: tuple[IntArray, IntArray], heads: Sequence[int]
-) -> Tables | None:
-    """Return the tiles of some query heads, or None if there are none."""
-    q_stretches, k_stretches = (stretches(p, BLOCK) for p in positions)
-    patterns: dict[Hashable, list[int]] = {}
-    for i, head in enumerate(heads):
-        patterns.setdefault(mask.pattern(head), []).append(i)
-    per_head = len(patterns) > 1
-    found = {p: _intervals(mask, positions, heads[of[0]]) for p, of in patterns.items()}
-    width = max((0 if x is None else len(x) for x in found.values()), default=0)
-    cut_by_intervals = width <= 4 and all(x is not None for x in found.values())
-    tiles: list[tuple[IntArray, ...]] = []
-    bits: list[npt.NDArray[np.int32]] = []
-    num_bits = 0
-    for of in patterns.values():
-        head = heads[of[0]]
-        row, key, full = tile_lists(mask, q_stretches, k_stretches, head).expand(in_order=False)
-        kind = np.where(full == 1, FULL, INTERVAL)
-        if cut_by_intervals:
-            # The last key block reaches past the keys, so it is cut there.
-            kind[(key + 1) * BLOCK > len(positions[1])] = INTERVAL
-        else:
-            row, key, kind, unique = _cut_by_bits(mask, positions, head, (row, key, full))
-            kind = np.where(kind < 0, FULL, BITS + num_bits + kind)
-            bits.append(unique)
-            num_bits += len(unique)
-        for i in of if per_head else of[:1]:
-            tiles.append((np.full(len(row), i), row, key, kind))
-    columns = tuple(
-        np.concatenate(c).astype(np.int64, copy=False) for c in zip(*tiles, strict=True)
+def _joined(begin: IntArray, end: IntArray, num_k: int) -> IntArray:
+    """Put disjoint runs in order, and those together that touch in one row."""
+    order = np.argsort(begin, kind="stable")
+    begin, end = begin[order], end[order]
+    opens = np.ones(len(begin), dtype=bool)
+    opens[1:] = (begin[1:] != end[:-1]) | (begin[1:] % num_k == 0)
+    closes = np.append(opens[1:], True)[: len(end)]
+    return np.stack([begin[opens], end[closes]], axis=1)
+
+
+def _groups(
+    mask: Mask, heads: Sequence[int], num_kv_heads: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the groups of heads that differ, and for each key/value head of the lists its group.
+
+    Lists have one head for all, one for each key/value head, or one for each query head.
+    """
+    patterns = [mask.pattern(h) for h in heads]
+    if len(set(patterns)) == 1:
+        return [[heads[0]]], [0]
+    repeats = len(heads) // num_kv_heads
+    readers = [patterns[i : i + repeats] for i in range(0, len(heads), repeats)]
+    size = 1 if all(len(set(r)) == 1 for r in readers) else repeats
+    found: dict[tuple[Hashable, ...], int] = {}
+    group_of = [found.setdefault(tuple(r), len(found)) for r in readers]
+    firsts = [group_of.index(g) * repeats for g in range(len(found))]
+    return [list(heads[i : i + size]) for i in firsts], group_of
+
+
+def _put_together(
+    heads: list[tuple[_HeadTiles, Cut]],
+    tables: list[IntArray | None],
+    lengths: tuple[int, int],
+    groups: tuple[int, IntArray],
+) -> TileRuns:
+    """Number the tiles of all heads that differ through."""
+    q_len, k_len = lengths
+    num_q, num_k = -(-q_len // BLOCK), -(-k_len // BLOCK)
+    words: dict[int, int] = {}
+    num_words = 0
+    for _, cut in heads:
+        if id(cut) not in words:
+            words[id(cut)] = num_words
+            num_words += len(cut.words)
+    columns: list[list[IntArray]] = [[], [], [], []]
+    full = []
+    for i, (tiles, cut) in enumerate(heads):
+        full.append(tiles.full + i * num_q * num_k)
+        kind = np.where(cut.kind >= BITS, cut.kind + words[id(cut)], cut.kind)
+        found = (np.full(len(kind), i), cut.tiles.row, cut.tiles.key, kind)
+        for column, x in zip(columns, found, strict=True):
+            column.append(x)
+    different = {id(cut): cut.words for _, cut in heads}
+    bits = np.concatenate([*different.values()]) if num_words else None
+    p_head, p_row, p_key, p_kind = (np.concatenate(c) for c in columns)
+    return TileRuns(
+        q_len=q_len,
+        k_len=k_len,
+        heads_per_kv=groups[0],
+        group_of=groups[1],
+        key_of_place=np.stack([tiles.key_of_place for tiles, _ in heads]),
+        full=np.concatenate(full),
+        partial=(p_head, p_row, p_key, p_kind),
+        intervals=_intervals(tables, lengths),
+        bits=None if bits is None else bits.view("<i4").reshape(-1, BLOCK, 2),
     )
-    if len(columns[0]) == 0:
+
+
+def _intervals(tables: list[IntArray | None], lengths: tuple[int, int]) -> np.ndarray | None:
+    """Return one table for all heads where they agree, else one for each; None without any."""
+    given = {id(t): t for t in tables if t is not None}
+    if not given:
         return None
-    intervals = None
-    if cut_by_intervals:
-        width = 2 if width <= 2 else 4
-        num_tables = len(heads) if per_head else 1
-        intervals = np.zeros((num_tables, width, len(positions[0])), dtype=np.int32)
-        for pattern, of in patterns.items():
-            table = found[pattern]
-            assert table is not None
-            intervals[of if per_head else [0], : len(table)] = table
-    return Tables(per_head, columns, intervals, np.concatenate(bits) if num_bits else None)
-
-
-def _intervals(mask: Mask, positions: tuple[IntArray, IntArray], head: int) -> IntArray | None:
-    """Return each query's keys as local intervals lo, hi, lo, hi..., int64 [2 n, q].
-
-    None if the mask is not made of intervals.
-    """
-    q_positions, k_positions = positions
-    parts = mask.touched(q_positions, q_positions, head)
-    if not mask.exact_rows or any(p.keys is not None for p in parts):
-        return None
-    end = int(k_positions[-1]) + 1
-    lo, hi = union_per_row(*stack_parts(parts, len(q_positions), end))
-    lo, hi = np.searchsorted(k_positions, lo), np.searchsorted(k_positions, hi)
-    # Columns that are empty in most rows are pushed together; what counts is the fullest row.
-    order = np.argsort(lo >= hi, axis=1, kind="stable")
-    width = max(int((lo < hi).sum(axis=1).max(initial=0)), 1)
-    lo, hi = (np.take_along_axis(x, order, 1)[:, :width] for x in (lo, np.maximum(lo, hi)))
-    return np.stack([lo, hi], axis=1).transpose(2, 1, 0).reshape(2 * width, -1)
-
-
-def _cut_by_bits(
-    mask: Mask, positions: tuple[IntArray, IntArray], head: int, tiles: Coordinates
-) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.int32]]:
-    """Evaluate the partial tiles element by element.
-
-    Returns row, key and index of the bits of each tile (-1 for full ones; tiles that turn out empty
-    are left out), and the different bits, int32 [n, 64, 2].
-    """
-    row, key, full = tiles
-    # A tile that reaches past the tokens is partial: the kernel must not see what is not there.
-    ends = (np.maximum(row, key) + 1) * BLOCK
-    partial = np.flatnonzero((full == 0) | (ends > min(len(p) for p in positions)))
-    packed = []
-    for start in range(0, len(partial), TILES_AT_A_TIME):
-        some = partial[start : start + TILES_AT_A_TIME]
-        q, q_inside = _tile_positions(positions[0], row[some])
-        k, k_inside = _tile_positions(positions[1], key[some])
-        allowed = mask.allows(q[:, :, None], k[:, None, :], head)
-        allowed = allowed & q_inside[:, :, None] & k_inside[:, None, :]
-        packed.append(np.packbits(allowed, axis=-1, bitorder="little").reshape(len(some), -1))
-    size = BLOCK * BLOCK // 8
-    every = np.concatenate(packed) if packed else np.empty((0, size), dtype=np.uint8)
-    unique, index = _different(every)
-    kind = np.full(len(row), -1)
-    kind[partial] = index
-    keep = np.ones(len(row), dtype=bool)
-    keep[partial] = every.any(axis=1)
-    bits = np.ascontiguousarray(unique).view("<i4").reshape(-1, BLOCK, 2)
-    return row[keep], key[keep], kind[keep], bits
-
-
-def _different(rows: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArray]:
-    """Return the different rows and which of them each row is, as np.unique does, but by a hash."""
-    _, first, index = np.unique(_hash(rows), return_index=True, return_inverse=True)
-    if np.array_equal(rows[first][index], rows):
-        return rows[first], index
-    different, index = np.unique(rows, axis=0, return_inverse=True)  # two rows have one hash
-    return different, index.reshape(-1)
-
-
-def _hash(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    words = rows.view("<u8")
-    factors = np.random.default_rng(0).integers(0, 1 << 64, words.shape[1], dtype=np.uint64)
-    mixed = (words ^ (words >> np.uint64(29))) * factors
-    return np.asarray(mixed.sum(axis=1, dtype=np.uint64))
-
-
-def _tile_positions(positions: IntArray, tiles: IntArray) -> tuple[IntArray, np.ndarray]:
-    """Return the positions of each tile's tokens [n, 64], and which of them are there."""
-    index = tiles[:, None] * BLOCK + np.arange(BLOCK)
-    inside = index < len(positions)
-    return positions[np.minimum(index, len(positions) - 1)], inside
+    width = max(len(t) for t in given.values())
+    first = next(iter(given.values()))
+    if all(t is first or np.array_equal(t, first) for t in given.values()):
+        # Heads without a table have no tile that is cut by one.
+        return first.astype(np.int32)[None]
+    every = np.zeros((len(tables), width, lengths[0]), dtype=np.int32)
+    for of, table in zip(every, tables, strict=True):
+        if table is None:
+            of[1] = lengths[1]
+        else:
+            of[: len(table)] = table
+    return every

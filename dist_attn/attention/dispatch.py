@@ -13,6 +13,7 @@ from dist_attn.attention.ring import Ring
 from dist_attn.attention.step import Kernel
 from dist_attn.attention.strategy import Call, Local, Strategy
 from dist_attn.attention.tile_step import why_not_block_sparse
+from dist_attn.attention.two_level import TwoLevel
 from dist_attn.attention.ulysses import Ulysses
 from dist_attn.attention.workload import workload
 from dist_attn.comm.ledger import Ledger
@@ -27,9 +28,16 @@ STRATEGIES: dict[str, Strategy] = {
     "ring": Ring(),
     "gather": Gather(),
     "ulysses": Ulysses(Local()),
+    # Inside nodes + between them.
     "ring+ring": Ring(double=True),
+    "ring+gather": TwoLevel(Ring(), "gather"),
+    "ring+ulysses": Ulysses(Ring(), outside=True),
+    "gather+ring": TwoLevel(Gather(), "ring"),
+    "gather+gather": TwoLevel(Gather(), "gather"),
+    "gather+ulysses": Ulysses(Gather(), outside=True),
     "ulysses+ring": Ulysses(Ring()),
     "ulysses+gather": Ulysses(Gather()),
+    "ulysses+ulysses": Ulysses(Ulysses(Local(), max_chunks=1)),
 }
 
 

@@ -29,9 +29,14 @@ class Gather(KeepsOwn):
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
         classes = call.work.head_classes
+        if len(classes) == 1:
+            total = SoftmaxSum(q, v.shape[-1])
+            self.add_forward(call, q, k, v, total)
+            out, lse = total.result()
+            return out, lse, (q, k, v, out, lse)
         fetcher = _Fetcher(call, k, v)
         transport = call.open_transport(k, backward=False)
-        queries = [_heads(q, c.q_heads) for c in classes]
+        queries = [heads_of(q, c.q_heads) for c in classes]
         totals = [SoftmaxSum(x, v.shape[-1]) for x in queries]
         for t in range(call.group.cp_size):
             exchange = transport.exchange()
@@ -43,7 +48,7 @@ class Gather(KeepsOwn):
                 call.work.step(call.group.cp_rank).forward(call.kernel, q, k, v, whole)
                 out, lse = whole.result()
                 for head_class, total in zip(classes, totals, strict=True):
-                    part = (_heads(x, head_class.q_heads, d) for x, d in ((out, 1), (lse, 0)))
+                    part = (heads_of(x, head_class.q_heads, d) for x, d in ((out, 1), (lse, 0)))
                     total.add(every_row(len(q)), *part)
             else:
                 for c, total in enumerate(totals):
@@ -52,19 +57,43 @@ class Gather(KeepsOwn):
             exchange.wait()
             fetcher.here = coming
         parts = [total.result() for total in totals]
-        out = _together([out for out, _ in parts], classes, 1)
-        lse = _together([lse for _, lse in parts], classes, 0)
+        out = together([out for out, _ in parts], classes, 1)
+        lse = together([lse for _, lse in parts], classes, 0)
         return out, lse, (q, k, v, out, lse)
+
+    def add_forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, total: SoftmaxSum) -> None:
+        """Add what the local queries see of all keys that the group holds: one class of heads."""
+        assert len(call.work.head_classes) == 1, "heads that need different keys come apart"
+        fetcher = _Fetcher(call, k, v)
+        transport = call.open_transport(k, backward=False)
+        for t in range(call.group.cp_size):
+            exchange = transport.exchange()
+            coming = fetcher.start(exchange, t + 1)
+            exchange.start()
+            if t == 0:
+                call.work.step(call.group.cp_rank).forward(call.kernel, q, k, v, total)
+            else:
+                step = call.work.fetched_step(fetcher.source(t), 0)
+                step.forward(call.kernel, q, *fetcher.here[0], total)
+            exchange.wait()
+            fetcher.here = coming
 
     def backward(
         self, call: Call, residuals: Residuals, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
+        total = Gradients(*(RowSum(x) for x in residuals[:3]))
+        self.add_gradients(call, residuals, dout, total)
+        return total.dq.result(), total.dk.result(), total.dv.result()
+
+    def add_gradients(
+        self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
+    ) -> None:
+        """Add the gradients of the local queries and of the local keys."""
         q, k, v, out, lse = residuals
         fetcher = _Fetcher(call, k, v)
         transport = call.open_transport(k, backward=True)
         saved = _ByClass(call, Saved(dout, q, k, v, out, lse))
-        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
         own = OwnStep(call, saved.whole, total)
         done: list[tuple[Tensor, Tensor]] = []
         for t in range(call.group.cp_size + 1):
@@ -85,7 +114,6 @@ class Gather(KeepsOwn):
             fetcher.here = coming
         for rows, part in saved.dq():
             total.dq.add(rows, part)
-        return total.dq.result(), total.dk.result(), total.dv.result()
 
 
 class _ByClass:
@@ -98,9 +126,9 @@ class _ByClass:
         # A rank alone fetches nothing, and would copy heads for nothing.
         classes = self._classes if call.group.cp_size > 1 else ()
         self._queries = [
-            tuple(_heads(x, c.q_heads) for x in (whole.dout, whole.q, whole.out)) for c in classes
+            tuple(heads_of(x, c.q_heads) for x in (whole.dout, whole.q, whole.out)) for c in classes
         ]
-        self._norms = [_heads(whole.lse, c.q_heads, 0) for c in classes]
+        self._norms = [heads_of(whole.lse, c.q_heads, 0) for c in classes]
         self._dq = [RowSum(q) for _, q, _ in self._queries]
 
     def backward(
@@ -122,7 +150,7 @@ class _ByClass:
             return self._dq[0].parts()
         if not any(x.parts() for x in self._dq):
             return []
-        whole = _together([x.result() for x in self._dq], self._classes, 1)
+        whole = together([x.result() for x in self._dq], self._classes, 1)
         return [(every_row(len(whole)), whole)]
 
 
@@ -152,7 +180,7 @@ class _Fetcher:
         for c, head_class in enumerate(self.work.head_classes):
             rows = self.work.fetch(to, self.cp_rank, c).rows
             for x in (self.k, self.v):
-                part = _heads(rows.take(x), head_class.kv_heads)
+                part = heads_of(rows.take(x), head_class.kv_heads)
                 exchange.send(part.contiguous(), to, "kv")
             num_rows = self.work.fetch(self.cp_rank, source, c).rows.num_rows
             shape = (num_rows, len(head_class.kv_heads), self.k.shape[2])
@@ -193,13 +221,14 @@ class _Fetcher:
                     sum_.add_at(at, part)
 
 
-def _heads(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:
+def heads_of(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:
+    """Some heads of a tensor, itself for all."""
     if len(heads) == x.shape[dim]:
         return x
     return x.index_select(dim, index_of(heads, x.device))
 
 
-def _together(parts: list[Tensor], classes: tuple[HeadClass, ...], dim: int) -> Tensor:
+def together(parts: list[Tensor], classes: tuple[HeadClass, ...], dim: int) -> Tensor:
     """Put the classes' query heads back in their order."""
     if len(parts) == 1:
         return parts[0]

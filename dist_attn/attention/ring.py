@@ -79,9 +79,15 @@ class Ring(KeepsOwn):
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
     ) -> tuple[Tensor, Tensor | None, Residuals]:
         """See `Strategy`."""
+        total = SoftmaxSum(q, v.shape[-1])
+        self.add_forward(call, q, k, v, total)
+        out, lse = total.result()
+        return out, lse, (q, k, v, out, lse)
+
+    def add_forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, total: SoftmaxSum) -> None:
+        """Add what the local queries see of all keys that the group holds."""
         trip = _Trip(call, (k, v), self._double)
         transport = trip.open_transport(backward=False)
-        total = SoftmaxSum(q, v.shape[-1])
         for t in range(call.group.cp_size):
             exchange = transport.exchange()
             trip.pass_on_kv(exchange, t)
@@ -90,17 +96,22 @@ class Ring(KeepsOwn):
                 call.work.step(trip.source(t)).forward(call.kernel, q, *trip.kv, total)
             exchange.wait()
             trip.next(t)
-        out, lse = total.result()
-        return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, call: Call, residuals: Residuals, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Strategy`."""
+        total = Gradients(*(RowSum(x) for x in residuals[:3]))
+        self.add_gradients(call, residuals, dout, total)
+        return total.dq.result(), total.dk.result(), total.dv.result()
+
+    def add_gradients(
+        self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
+    ) -> None:
+        """Add the gradients of the local queries and of the local keys."""
         q, k, v, out, lse = residuals
         trip = _Trip(call, (k, v), self._double)
         transport = trip.open_transport(backward=True)
-        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
         own = OwnStep(call, Saved(dout, q, k, v, out, lse), total)
         dkv: Pair | None = None
         for t in range(call.group.cp_size + 1):
@@ -135,7 +146,6 @@ class Ring(KeepsOwn):
                 total.dk.add_all(home[0] if keep else home[0].clone())
                 total.dv.add_all(home[1] if keep else home[1].clone())
             trip.next(t)
-        return total.dq.result(), total.dk.result(), total.dv.result()
 
     def _fetched(self, call: Call, trip: _Trip, t: int, saved: Saved, dq: RowSum) -> Pair:
         """Gradients of the block that is here: in float32 if those of other ranks are added."""
@@ -282,6 +292,6 @@ class _Trip:
         self, exchange: Exchange, source: int, like: Tensor, sender: int, lane: LaneName = "kv"
     ) -> Pair:
         """Return where the block of `source` will be, or its gradients."""
-        shape = (self._call.work.layout.local_seq_len(source), *self.kv[0].shape[1:])
+        shape = (self._call.work.keys.local_seq_len(source), *self.kv[0].shape[1:])
         keys, values = (exchange.receive(shape, like, sender, lane) for _ in range(2))
         return keys, values

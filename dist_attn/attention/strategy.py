@@ -43,7 +43,7 @@ class Call:
 
     def open_transport(self, k: Tensor, *, backward: bool) -> Transport:
         """Prepare the exchanges of keys and values like `k`, and in a backward their gradients'."""
-        rows = max(self.work.layout.local_seq_lens)
+        rows = max(self.work.keys.local_seq_lens)
         numel = 2 * rows * k.shape[1] * k.shape[2]
         # Heads that are sent apart begin at aligned places.
         apart = 2 * ALIGNMENT * len(self.work.head_classes)
@@ -86,6 +86,9 @@ class Strategy(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the local q, k and v."""
 
+    def num_kept(self, call: Call) -> int:
+        """How many residuals there are."""
+
     def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
         """Give residuals that are not `keeps_own` their shapes back after flattening."""
 
@@ -94,6 +97,10 @@ class KeepsOwn:
     """Base of strategies whose residuals are q, k, v, out and lse of the local tokens."""
 
     keeps_own = True
+
+    def num_kept(self, call: Call) -> int:
+        """See `Strategy`."""
+        return NUM_KEPT
 
     def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
         """See `Strategy`."""

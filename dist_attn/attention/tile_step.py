@@ -20,6 +20,7 @@ from dist_attn.attention.step import Gradients, Kernel
 from dist_attn.layout import IntArray
 from dist_attn.masks import Mask, TileLists, stretches, tile_lists
 from dist_attn_kernels import reference
+from dist_attn_kernels.lists import BlockLists
 from dist_attn_kernels.segments import Saved
 
 #: Tokens of a tile's side in the torch path.
@@ -81,7 +82,7 @@ class TileStep:
             return
         everything = Rows(np.array([[0, len(q)]]))
         if _on_gpu(q):
-            sparse = self._on_device(q, k)
+            sparse = self._on_device(q.device, k.shape[1])
             if sparse.lists is not None:
                 total.add(everything, *sparse.forward(kernel.softmax_scale, q, k, v))
             return
@@ -105,7 +106,7 @@ class TileStep:
         if not len(q) or not len(k):
             return
         if _on_gpu(q):
-            sparse = self._on_device(q, k)
+            sparse = self._on_device(q.device, k.shape[1])
             if sparse.lists is not None:
                 dq, dk, dv = sparse.backward(kernel.softmax_scale, saved)
                 total.dq.add_all(dq)
@@ -183,12 +184,18 @@ class TileStep:
             self._lists[pattern] = tile_lists(self._mask, q, k, head)
         return self._lists[pattern]
 
-    def _on_device(self, q: Tensor, k: Tensor) -> BlockSparse:
-        key = (q.device, k.shape[1])
+    def prepare(self, device: torch.device, num_kv_heads: int) -> BlockLists | None:
+        """Make and return the block-sparse kernels' lists, as the first call would do."""
+        if not len(self._q_positions) or not len(self._k_positions):
+            return None
+        return self._on_device(device, num_kv_heads).lists
+
+    def _on_device(self, device: torch.device, num_kv_heads: int) -> BlockSparse:
+        key = (device, num_kv_heads)
         if key not in self._block_sparse:
             positions = (self._q_positions, self._k_positions)
             self._block_sparse[key] = BlockSparse(
-                self._mask, positions, self._heads, k.shape[1], q.device
+                self._mask, positions, self._heads, num_kv_heads, device
             )
         return self._block_sparse[key]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.attention.accumulate import accumulation_dtype, index_of
-from dist_attn.attention.strategy import NUM_KEPT, Call, Residuals, Strategy, forward_once
+from dist_attn.attention.strategy import Call, Residuals, Strategy, forward_once
 from dist_attn.attention.workload import workload
 from dist_attn.comm.all_to_all import all_to_all, joined
 from dist_attn.comm.copied_all_to_all import copied_all_to_all
@@ -115,23 +115,37 @@ class Ulysses:
             and `across` is local.
         max_chunks: on a GPU the heads are traded in so many chunks at the most, each while the one
             before is computed.
+        outside: the other way round, heads are traded in the outer group and `across` works in the
+            inner one.
     """
 
     keeps_own = False
 
-    def __init__(self, across: Strategy, max_chunks: int = 4) -> None:
+    def __init__(self, across: Strategy, max_chunks: int = 4, *, outside: bool = False) -> None:
         self._across = across
         self._max_chunks = max_chunks
+        self._outside = outside
+
+    def num_kept(self, call: Call) -> int:
+        """See `Strategy`."""
+        assert self._max_chunks == 1, "only heads that are traded at once are traded twice"
+        across = _Trade(call, None, self._outside).across
+        return self._across.num_kept(across) if across.work.heads else 0
 
     def unflatten(self, call: Call, flat: Residuals, head_dim: int) -> Residuals:
         """See `Strategy`."""
         kept: list[Tensor] = []
-        for i, trade in enumerate(self._trades(call, flat[0].device)):
-            work = trade.across.work
-            if not work.heads:
+        for trade in self._trades(call, flat[0].device):
+            across = trade.across
+            if not across.work.heads:
                 continue
-            q, k, v, out, lse = flat[NUM_KEPT * i : NUM_KEPT * (i + 1)]
-            of_q, of_kv = (-1, len(work.heads), head_dim), (-1, work.num_kv_heads, head_dim)
+            mine = flat[len(kept) : len(kept) + self._across.num_kept(across)]
+            if not self._across.keeps_own:
+                kept += self._across.unflatten(across, mine, head_dim)
+                continue
+            q, k, v, out, lse = mine
+            of_q = (-1, len(across.work.heads), head_dim)
+            of_kv = (-1, across.work.num_kv_heads, head_dim)
             kept += [q.view(of_q), k.view(of_kv), v.view(of_kv), out.view(of_q)]
             kept.append(lse.view(of_q[1], -1))
         return tuple(kept)
@@ -193,7 +207,8 @@ class Ulysses:
             none = (len(dout_heads), end_kv - first_kv, dout.shape[2])
             dkv_heads = [dout.new_zeros(none)] * 2
             if dout_heads.shape[1]:
-                saved, kept = tuple(kept[:NUM_KEPT]), kept[NUM_KEPT:]
+                num_kept = self._across.num_kept(trade.across)
+                saved, kept = tuple(kept[:num_kept]), kept[num_kept:]
                 dq_heads, *grads = self._across.backward(trade.across, saved, dout_heads)
                 read = _expand(trade.split, trade.node.cp_rank, dout.device)
                 dkv_heads = [_fold(g, read, end_kv - first_kv) for g in grads]
@@ -215,10 +230,11 @@ class Ulysses:
         return dq, dk, dv
 
     def _trades(self, call: Call, device: torch.device) -> list[_Trade]:
-        node = call.group.inner or call.group
-        split = split_heads(len(call.work.heads), call.work.num_kv_heads, node.cp_size)
-        chunks = self.num_chunks(split, call.work.expected_scores, device)
-        return [_Trade(call, split.chunk(i, chunks)) for i in range(chunks)]
+        whole = _Trade(call, None, self._outside)
+        chunks = self.num_chunks(whole.split, call.work.expected_scores, device)
+        if chunks == 1:
+            return [whole]
+        return [_Trade(call, whole.split.chunk(i, chunks), self._outside) for i in range(chunks)]
 
     def num_chunks(self, split: HeadSplit, scores: int, device: torch.device) -> int:
         """In how many chunks the heads are traded, for so many scores of all heads and tokens."""
@@ -227,31 +243,45 @@ class Ulysses:
         worth = scores // len(split.q) // CHUNK_SCORES
         return max(1, min(self._max_chunks, split.divisible, worth))
 
+    def shares(self, call: Call, device: torch.device) -> list[tuple[Strategy, Call]]:
+        """Return what a rank computes of each chunk of heads, and how; a call finds the same."""
+        found = [(self._across, trade.across) for trade in self._trades(call, device)]
+        return [(strategy, share) for strategy, share in found if share.work.heads]
+
 
 class _Trade:
     """All-to-all inside a node, between tokens with all heads and heads with all tokens."""
 
-    def __init__(self, call: Call, split: HeadSplit) -> None:
+    def __init__(self, call: Call, split: HeadSplit | None, outside: bool) -> None:
         group, work = call.group, call.work
         self.call = call
-        self.node = group.inner or group
-        self.split = split
-        first = group.cp_rank - self.node.cp_rank
-        #: Tokens of each rank of the node.
-        self.lengths = work.layout.local_seq_lens[first : first + self.node.cp_size]
+        self.node, self._across_group = group.inner or group, group.outer
+        size = self.node.cp_size
+        self._nodes = tuple(
+            tuple(range(first, first + size)) for first in range(0, group.cp_size, size)
+        )
+        if outside:
+            assert group.outer is not None, "heads are traded between nodes"
+            self.node, self._across_group = group.outer, group.inner
+            self._nodes = tuple(tuple(range(i, group.cp_size, size)) for i in range(size))
+        self.split = split or split_heads(len(work.heads), work.num_kv_heads, self.node.cp_size)
+        #: Ranks of the node, by their places in the group, and their tokens.
+        self.members = next(n for n in self._nodes if group.cp_rank in n)
+        self.lengths = [work.layout.local_seq_lens[r] for r in self.members]
         #: Whether GPUs copy to each other; heads that several ranks read are added up instead.
-        self.copies = self.node.peers is not None and not split.replicated
+        self.copies = self.node.peers is not None and not self.split.replicated
 
     @property
     def across(self) -> Call:
         """The call between nodes, of this rank's heads."""
-        work, rank, size = self.call.work, self.node.cp_rank, self.node.cp_size
+        work, rank = self.call.work, self.node.cp_rank
         heads = tuple(work.heads[slice(*self.split.q[rank])])
         uniform = self.split.uniform(rank)
         num_kv_heads = self.split.kv[rank][1] - self.split.kv[rank][0] if uniform else len(heads)
-        outer = self.call.group.outer or single_rank_group(self.call.group.cp_rank)
-        share = workload(work.mask, work.node_layout(size), outer.cp_rank, heads, num_kv_heads)
-        return replace(self.call, work=share, group=outer)
+        others = self._across_group or single_rank_group(self.call.group.cp_rank)
+        layout = work.node_layout(self._nodes)
+        share = workload(work.mask, layout, others.cp_rank, heads, num_kv_heads)
+        return replace(self.call, work=share, group=others)
 
     def prepare(self, tensors: list[Tensor]) -> Prepared:
         """Do the part of `to_heads` that takes multiprocessors: pack what goes to others.
@@ -271,7 +301,7 @@ class _Trade:
             for x, h in zip(tensors, heads, strict=True)
         ]
         for x, own in zip(streams, outgoing[node.cp_rank], strict=True):
-            x.split(list(self.lengths))[node.cp_rank].copy_(own)
+            x.split(self.lengths)[node.cp_rank].copy_(own)
         outgoing = [
             [] if r == node.cp_rank else [x.contiguous() for x in xs]
             for r, xs in enumerate(outgoing)
@@ -282,7 +312,7 @@ class _Trade:
         """Return the node's tokens of this rank's heads, in stream order."""
         node, streams = self.node, prepared.streams
         if self.copies:
-            pieces = [x.split(list(self.lengths)) for x in streams]
+            pieces = [x.split(self.lengths) for x in streams]
             targets = [[p[r] for p in pieces] for r in range(node.cp_size)]
             self._copy(prepared.outgoing, targets)
         else:
@@ -292,13 +322,13 @@ class _Trade:
                 incoming = [[(n, *x.shape[1:]) for x in own] for n in self.lengths]
                 received = all_to_all(outgoing, incoming, node, ledger=self.call.ledger)
                 streams += [joined([parts[i] for parts in received]) for i in range(len(which))]
-        order, _ = self.call.work.orders(node.cp_size, streams[0].device)
+        order, _ = self.call.work.orders(self.members, streams[0].device)
         return streams if order is None else [x.index_select(0, order) for x in streams]
 
     def to_tokens(self, tensors: list[Tensor], heads: list[Intervals]) -> Parts:
         """Return for each tensor [S, own heads, D] this rank's tokens, per rank's heads."""
         node = self.node
-        _, order = self.call.work.orders(node.cp_size, tensors[0].device)
+        _, order = self.call.work.orders(self.members, tensors[0].device)
         if order is not None:
             tensors = [x.index_select(0, order) for x in tensors]
         length = self.lengths[node.cp_rank]
@@ -306,7 +336,7 @@ class _Trade:
             [(length, h[s][1] - h[s][0], x.shape[2]) for x, h in zip(tensors, heads, strict=True)]
             for s in range(node.cp_size)
         ]
-        pieces = [x.contiguous().split(list(self.lengths)) for x in tensors]
+        pieces = [x.contiguous().split(self.lengths) for x in tensors]
         outgoing = [[p[r] for p in pieces] for r in range(node.cp_size)]
         if self.copies:
             received = [

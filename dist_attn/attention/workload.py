@@ -7,7 +7,7 @@ serves every layer; what it is asked for is worked out when it is first asked fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,9 @@ from dist_attn.attention.tile_step import TileStep
 from dist_attn.layout import IntArray, Layout, expand, from_intervals
 from dist_attn.masks import DenseForm, Mask, dense_form
 from dist_attn.masks.parts import intersect, merge, union_over_rows
+
+#: Ranks of a group, by their places in it.
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,22 @@ class Workload:
         cp_rank: the rank whose queries are computed.
         heads: the mask's number of each query head.
         num_kv_heads: key/value heads that these read, in groups of equal size.
+        keys: which rank holds which keys, where these are not those of its own tokens.
     """
 
     def __init__(
-        self, mask: Mask, layout: Layout, cp_rank: int, heads: tuple[int, ...], num_kv_heads: int
+        self,
+        mask: Mask,
+        layout: Layout,
+        cp_rank: int,
+        heads: tuple[int, ...],
+        num_kv_heads: int,
+        keys: Layout | None = None,
     ) -> None:
         mask.check(layout.seq_len)
         self.mask = mask
         self.layout = layout
+        self.keys = keys or layout
         self.cp_rank = cp_rank
         self.heads = heads
         self.num_kv_heads = num_kv_heads
@@ -69,8 +80,9 @@ class Workload:
         self._steps: dict[tuple[int, int], Step] = {}
         self._needed: dict[tuple[int, int], IntArray] = {}
         self._fetches: dict[tuple[int, int, int], Fetch] = {}
-        self._node_layouts: dict[int, Layout] = {}
-        self._orders: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+        self._node_layouts: dict[Ranks, Layout] = {}
+        self._visits: dict[tuple[int, int, int, bool], Workload] = {}
+        self._orders: dict[tuple[Ranks, torch.device], tuple[Tensor | None, Tensor | None]] = {}
 
     def positions(self, cp_rank: int) -> IntArray:
         """Stream positions of a rank's tokens."""
@@ -78,10 +90,14 @@ class Workload:
             self._positions[cp_rank] = self.layout.positions(cp_rank)
         return self._positions[cp_rank]
 
+    def key_positions(self, cp_rank: int) -> IntArray:
+        """Stream positions of the keys that a rank holds."""
+        return self.positions(cp_rank) if self.keys is self.layout else self.keys.positions(cp_rank)
+
     def step(self, source: int) -> Step:
         """Cut the local queries against all keys of rank `source`."""
         if (source, -1) not in self._steps:
-            self._steps[source, -1] = self._step(self.positions(source), self.heads)
+            self._steps[source, -1] = self._step(self.key_positions(source), self.heads)
         return self._steps[source, -1]
 
     def fetched_step(self, source: int, head_class: int) -> Step:
@@ -90,7 +106,7 @@ class Workload:
             heads = tuple(self.heads[h] for h in self.head_classes[head_class].q_heads)
             own = source == self.cp_rank
             positions = (
-                self.positions(source)
+                self.key_positions(source)
                 if own
                 else self.fetch(self.cp_rank, source, head_class).positions
             )
@@ -111,7 +127,7 @@ class Workload:
         key = (self.cp_rank, -2 - half)
         if key not in self._steps:
             heads = self.heads[self.half_heads(half)[0]]
-            self._steps[key] = self._step(self.positions(self.cp_rank), heads)
+            self._steps[key] = self._step(self.key_positions(self.cp_rank), heads)
         return self._steps[key]
 
     @functools.cached_property
@@ -128,14 +144,15 @@ class Workload:
         size = self.layout.cp_size
         needs = np.zeros((size, size), dtype=bool)
         if self._form is not None:
-            reach = [_reach(self._form, self.positions(r)) for r in range(size)]
-            for r, (_, last_query) in enumerate(reach):
-                for s, (first_key, _) in enumerate(reach):
+            last_queries = [_reach(self._form, self.positions(r))[1] for r in range(size)]
+            first_keys = [_reach(self._form, self.key_positions(r))[0] for r in range(size)]
+            for r, last_query in enumerate(last_queries):
+                for s, first_key in enumerate(first_keys):
                     needs[r, s] = (first_key <= last_query).any()
             return needs
         for r in range(size):
             for c in range(len(self.head_classes)):
-                needs[r] |= [len(intersect(self.needed(r, c), p)) > 0 for p in self.layout.pieces]
+                needs[r] |= [len(intersect(self.needed(r, c), p)) > 0 for p in self.keys.pieces]
         return needs
 
     @functools.cached_property
@@ -170,40 +187,90 @@ class Workload:
         """Return the keys of rank `holding` that rank `needing` needs."""
         key = (needing, holding, head_class)
         if key not in self._fetches:
-            pieces = self.layout.pieces[holding]
-            found = intersect(self.needed(needing, head_class), pieces)
-            rows = np.searchsorted(self.positions(holding), found)
+            found = intersect(self.needed(needing, head_class), self.keys.pieces[holding])
+            rows = np.searchsorted(self.key_positions(holding), found)
             self._fetches[key] = Fetch(Rows(rows), expand(found))
         return self._fetches[key]
 
-    def node_layout(self, inner_size: int) -> Layout:
-        """Return the layout in which each `inner_size` ranks in sequence are one."""
-        if inner_size not in self._node_layouts:
-            pieces = self.layout.pieces
-            nodes = [
-                np.concatenate(pieces[i : i + inner_size])
-                for i in range(0, len(pieces), inner_size)
-            ]
-            self._node_layouts[inner_size] = from_intervals(self.layout.seq_len, nodes)
-        return self._node_layouts[inner_size]
+    def node_fetch(self, ranks: Sequence[int], holding: int, head_class: int) -> Fetch:
+        """Return the keys of rank `holding` that some of several ranks need."""
+        needed = merge(np.concatenate([self.needed(r, head_class) for r in ranks]))
+        found = intersect(needed, self.keys.pieces[holding])
+        return Fetch(Rows(np.searchsorted(self.key_positions(holding), found)), expand(found))
 
-    def orders(self, inner_size: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Return the index that puts the tokens of this rank's node into stream order, and back.
+    def visit(
+        self, inner_size: int, ahead: int, head_class: int | None, *, whole: bool
+    ) -> Workload:
+        """Return the work of this rank's node on the keys of the node `ahead` places before it.
+
+        Args:
+            inner_size: ranks of a node.
+            ahead: how many nodes back the keys come from; 0 for the node's own.
+            head_class: of which heads; None for all.
+            whole: whether ranks visit with all of their keys, if somebody needs them at this node
+                or behind it; else with those that somebody of this node needs.
+        """
+        key = (inner_size, ahead, -1 if head_class is None else head_class, whole)
+        if key not in self._visits:
+            node, place = divmod(self.cp_rank, inner_size)
+            here = range(node * inner_size, (node + 1) * inner_size)
+            source = (node - ahead) % (self.layout.cp_size // inner_size) * inner_size
+            keys = []
+            for rank in range(source, source + inner_size):
+                pieces = self.layout.pieces[rank]
+                if ahead and not whole:
+                    assert head_class is not None
+                    positions = self.node_fetch(here, rank, head_class).positions
+                    pieces = np.stack([positions, positions + 1], axis=1)
+                elif ahead > self.last_visit(rank, inner_size):
+                    pieces = pieces[:0]
+                keys.append(pieces)
+            heads, num_kv_heads = self.heads, self.num_kv_heads
+            if head_class is not None:
+                of = self.head_classes[head_class]
+                heads, num_kv_heads = tuple(self.heads[h] for h in of.q_heads), len(of.kv_heads)
+            seq_len = self.layout.seq_len
+            self._visits[key] = Workload(
+                self.mask,
+                Layout(seq_len, tuple(self.layout.pieces[r] for r in here)),
+                place,
+                heads,
+                num_kv_heads,
+                from_intervals(seq_len, keys),
+            )
+        return self._visits[key]
+
+    def last_visit(self, source: int, inner_size: int) -> int:
+        """How many nodes ahead the last one is that needs keys of rank `source`."""
+        num_nodes = self.layout.cp_size // inner_size
+        by_node = self.needs[:, source].reshape(num_nodes, inner_size).any(axis=1)
+        ahead = (np.flatnonzero(by_node) - source // inner_size) % num_nodes
+        return int(ahead.max(initial=0))
+
+    def node_layout(self, nodes: tuple[Ranks, ...]) -> Layout:
+        """Return the layout in which the ranks of each node are one."""
+        key = tuple(r for node in nodes for r in node)
+        if key not in self._node_layouts:
+            pieces = self.layout.pieces
+            together = [np.concatenate([pieces[r] for r in node]) for node in nodes]
+            self._node_layouts[key] = from_intervals(self.layout.seq_len, together)
+        return self._node_layouts[key]
+
+    def orders(self, node: Ranks, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return the index that puts the tokens of a node's ranks into stream order, and back.
 
         Before, they lie rank after rank; None where that is stream order already.
         """
-        if (inner_size, device) not in self._orders:
-            first = self.cp_rank - self.cp_rank % inner_size
-            ranks = range(first, first + inner_size)
-            together = np.concatenate([self.positions(r) for r in ranks])
+        if (node, device) not in self._orders:
+            together = np.concatenate([self.positions(r) for r in node])
             order = np.argsort(together)
             if np.array_equal(order, np.arange(len(order))):
-                self._orders[inner_size, device] = (None, None)
+                self._orders[node, device] = (None, None)
             else:
                 there = torch.from_numpy(order).to(device)
                 back = torch.from_numpy(np.argsort(order)).to(device)
-                self._orders[inner_size, device] = (there, back)
-        return self._orders[inner_size, device]
+                self._orders[node, device] = (there, back)
+        return self._orders[node, device]
 
     def _step(self, k_positions: IntArray, heads: tuple[int, ...]) -> Step:
         q_positions = self.positions(self.cp_rank)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_attn.comm.ledger import Ledger
 from dist_attn.groups import CommGroup
-from dist_attn.peer_memory import ALIGNMENT, Lane
+from dist_attn.peer_memory import aligned
 
 
 def copied_all_to_all(
@@ -38,39 +38,33 @@ def copied_all_to_all(
     memory, me, size = group.peers, group.cp_rank, group.cp_size
     assert memory is not None
     stream = torch.cuda.current_stream()
-    lane = memory.lane("trade", size * _aligned(message_bytes))
+    room = aligned(message_bytes)
+    lane = memory.lane("trade", size * room)
     number = memory.next_number()
     others = [(me + shift) % size for shift in range(1, size)]
     for r in others:
         memory.write(lane.word(r, 0, me), number, stream)
     for r in others:
         memory.wait(lane.word(me, 0, r), number, stream)
-        for place, x in zip(_places(lane, number, r, me, outgoing[r]), outgoing[r], strict=True):
-            place.copy_(x)
+        first = lane.slot_address(r, number) + room * me
+        for x, offset in zip(outgoing[r], _offsets(outgoing[r], room), strict=True):
+            memory.copy(first + offset, x.data_ptr(), x.nbytes, stream)
         memory.write(lane.word(r, 1, me), number, stream)
     for r in others:
         memory.wait(lane.word(me, 1, r), number, stream)
-        for x, place in zip(targets[r], _places(lane, number, me, r, targets[r]), strict=True):
-            x.copy_(place)
+        first = lane.slot_address(me, number) + room * r
+        for x, offset in zip(targets[r], _offsets(targets[r], room), strict=True):
+            memory.copy(x.data_ptr(), first + offset, x.nbytes, stream)
     if ledger is not None:
         ledger.add("all_to_all", sum(x.nbytes for r in others for x in outgoing[r]))
 
 
-def _places(
-    lane: Lane, number: int, holder: int, writer: int, tensors: Sequence[Tensor]
-) -> list[Tensor]:
-    """Where in the memory of `holder` the tensors of `writer` lie, like these in shape and type."""
-    slot = lane.slot(holder, number)
-    offset = len(slot) // len(lane.peers) // ALIGNMENT * ALIGNMENT * writer
-    places = []
+def _offsets(tensors: Sequence[Tensor], room: int) -> list[int]:
+    """Where each tensor of a message begins in it."""
+    offsets, end = [], 0
     for x in tensors:
         assert x.is_contiguous(), "copy engines take contiguous tensors"
-        end = offset + x.nbytes
-        assert end <= len(slot), "a message is larger than was said"
-        places.append(slot[offset:end].view(x.dtype).view(x.shape))
-        offset = _aligned(end)
-    return places
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        offsets.append(aligned(end))
+        end = offsets[-1] + x.nbytes
+    assert end <= room, "a message is larger than was said"
+    return offsets

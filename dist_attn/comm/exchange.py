@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_attn.comm.ledger import Ledger, waiting
 from dist_attn.groups import CommGroup
-from dist_attn.peer_memory import ALIGNMENT, Lane, PeerMemory
+from dist_attn.peer_memory import Lane, PeerMemory, aligned
 
 Shape = tuple[int, ...]
 #: Kinds of messages: keys and values, their gradients on the way, and those that come home. In one
@@ -185,11 +185,11 @@ class _CopyExchange:
             return like.new_empty(shape)
         source = cp_rank % self._size
         assert self._sources.setdefault(lane, source) == source, "a lane has one sender at a time"
-        place = _place(
-            self._lanes[lane].slot(self._me, self._number), self._filled[lane], shape, like
-        )
-        self._filled[lane] += _room(place)
-        return place
+        slot, first = self._lanes[lane].own_slot(self._number), self._filled[lane]
+        end = first + math.prod(shape) * like.element_size()
+        assert end <= len(slot), "a message is larger than was said"
+        self._filled[lane] = first + aligned(end - first)
+        return slot[first:end].view(like.dtype).view(shape)
 
     def start(self) -> None:
         """See `Exchange`."""
@@ -201,12 +201,11 @@ class _CopyExchange:
         for (name, to), tensors in self._sends.items():
             lane = self._lanes[name]
             memory.wait(lane.word(self._me, 0, to), number, memory.stream)
-            offset = 0
-            with torch.cuda.stream(memory.stream):
-                for tensor in tensors:
-                    place = _place(lane.slot(to, number), offset, tuple(tensor.shape), tensor)
-                    place.copy_(tensor)
-                    offset += _room(place)
+            first, offset = lane.slot_address(to, number), 0
+            for x in tensors:
+                assert offset + x.nbytes <= lane.slot_bytes, "a message is larger than was said"
+                memory.copy(first + offset, x.data_ptr(), x.nbytes, memory.stream)
+                offset += aligned(x.nbytes)
             memory.write(lane.word(to, 1, self._me), number, memory.stream)
         self._sent = memory.stream.record_event()
 
@@ -219,16 +218,6 @@ class _CopyExchange:
             if self._sent is not None:
                 stream.wait_event(self._sent)
         self._sends = {}
-
-
-def _place(slot: Tensor, offset: int, shape: Shape, like: Tensor) -> Tensor:
-    num_bytes = math.prod(shape) * like.element_size()
-    assert offset + num_bytes <= len(slot), "a message is larger than was said"
-    return slot[offset : offset + num_bytes].view(like.dtype).view(shape)
-
-
-def _room(place: Tensor) -> int:
-    return -(-place.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _count(ledger: Ledger | None, tensor: Tensor, kind: str) -> None:

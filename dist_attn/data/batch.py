@@ -57,16 +57,23 @@ class LocalBatch:
         return self.layout.local_seq_len(self.cp_rank)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LocalBatch:
-        """Copy the model's inputs to a device; `cu_seqlens` stays on the host."""
+        """Copy the model's inputs to a device; `cu_seqlens` stays on the host.
+
+        A copy that does not block comes from pinned memory, so that the host need not wait for
+        what the device does before.
+        """
+        pinned = non_blocking and torch.device(device).type == "cuda"
+
+        def there(x: torch.Tensor) -> torch.Tensor:
+            return (x.pin_memory() if pinned else x).to(device, non_blocking=non_blocking)
+
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            shift_labels=self.shift_labels.to(device, non_blocking=non_blocking),
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-            document_tokens=self.document_tokens.to(device, non_blocking=non_blocking),
-            loss_weights=None
-            if self.loss_weights is None
-            else self.loss_weights.to(device, non_blocking=non_blocking),
+            input_ids=there(self.input_ids),
+            shift_labels=there(self.shift_labels),
+            position_ids=there(self.position_ids),
+            document_tokens=there(self.document_tokens),
+            loss_weights=None if self.loss_weights is None else there(self.loss_weights),
         )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -47,8 +47,6 @@ class DeepSpeedEngine:
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
         self._state_keys = state_keys(config.optimizer)
         self._engine, *_ = deepspeed.initialize(
-            # Else it takes LOCAL_RANK for the device's number, also where ranks share one.
-            args=None if device.index is None else SimpleNamespace(device_rank=device.index),
             model=model,
             optimizer=build_optimizer(model, config.optimizer, device),
             config=_deepspeed_config(config, device),
@@ -242,7 +240,8 @@ def _deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
             "contiguous_gradients": True,
-            "overlap_comm": device.type == "cuda",
+            # With it DeepSpeed waits for the device after every backward, for nothing on one rank.
+            "overlap_comm": device.type == "cuda" and dist.get_world_size() > 1,
             **_offload(config, device),
         },
     }
@@ -258,10 +257,14 @@ def _offload(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
-    """Choose the accelerator, and keep DeepSpeed from compiling C++ for CPU ranks.
+    """Choose the accelerator and the device, and keep DeepSpeed from compiling C++ for CPU ranks.
 
     Its shared-memory collectives would take a minute and a half to build before the first step.
+    It takes LOCAL_RANK for the number of the device, in every step: where ranks share one, it is
+    not, and has to become that.
     """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
     if get_accelerator().device_name() != device.type:
         set_accelerator(CPU_Accelerator() if device.type == "cpu" else CUDA_Accelerator())
     if device.type == "cpu":

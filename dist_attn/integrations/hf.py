@@ -18,10 +18,10 @@ from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.fused import fuse, liger_gate
 from dist_attn.integrations.lora import add_adapters
+from dist_attn.integrations.loss import LossFunction, loss_function
 from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary, Frequencies, frequencies
 from dist_attn.integrations.tiled_mlp import silu_gate, tile_mlps
-from dist_attn_kernels.linear_cross_entropy import linear_cross_entropy
 
 ATTENTION_NAME = "dist_attn"
 #: Families whose attention layers call the interface with nothing but rotated q, k, v and a scale.
@@ -43,10 +43,10 @@ class CausalLM(nn.Module):
     Parameter names are those of the transformers model.
     """
 
-    def __init__(self, decoder: PreTrainedModel, loss_chunk_tokens: int) -> None:
+    def __init__(self, decoder: PreTrainedModel, loss: LossFunction) -> None:
         super().__init__()
         self.model = decoder.model
-        self.lm_head = _LossHead(decoder.lm_head, loss_chunk_tokens)
+        self.lm_head = _LossHead(decoder.lm_head, loss)
         self.hf_config = decoder.config
 
     def forward(
@@ -83,21 +83,16 @@ class CausalLM(nn.Module):
 class _LossHead(nn.Module):
     """The vocabulary projection and the loss in one module, so that ZeRO-3 gathers its weight."""
 
-    def __init__(self, linear: nn.Linear, chunk_tokens: int) -> None:
+    def __init__(self, linear: nn.Linear, loss: LossFunction) -> None:
         super().__init__()
         if linear.bias is not None:
             raise ConfigError("a vocabulary projection with a bias is not supported")
         self.weight: Tensor = linear.weight
-        self.chunk_tokens: int = chunk_tokens
+        self._loss: LossFunction = loss
 
     def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.weight,
-            labels.flatten(),
-            weights_L=None if weights is None else weights.flatten(),
-            chunk_tokens=self.chunk_tokens,
-        )
+        weights = None if weights is None else weights.flatten()
+        return self._loss(hidden.flatten(0, 1), self.weight, labels.flatten(), weights)
 
 
 def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
@@ -131,7 +126,7 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int) -> CausalLM:
         # Of the public way in only the function could not be chosen.
         decoder._set_gradient_checkpointing(True, recompute.transformers)
     decoder.train()
-    return CausalLM(decoder, config.loss_chunk_tokens)
+    return CausalLM(decoder, loss_function(config))
 
 
 def save_for_transformers(

@@ -14,9 +14,11 @@ from torch import Tensor
 from dist_attn.config import ModelConfig
 from dist_attn.errors import ConfigError
 from dist_attn.integrations.hf import CausalLM
+from dist_attn.integrations.loss import loss_function
 from dist_attn.integrations.megatron import DistAttention, ExplicitRotary, make_layer_spec
 from dist_attn.integrations.megatron_groups import MegatronGroups
 from dist_attn.integrations.megatron_loss import vocab_parallel_linear_cross_entropy
+from dist_attn.integrations.megatron_mlp import tile_megatron_mlps
 from dist_attn.integrations.megatron_weights import Sizes, WeightMap
 from dist_attn.integrations.recompute import Recompute
 from dist_attn.integrations.rotary import ExactRotary, Frequencies
@@ -45,7 +47,10 @@ class MegatronCausalLM(GPTModel):
             pg_collection=pgs,
         )
         self.rotary_pos_emb = ExplicitRotary(_frequencies(hf))
+        if model.mlp_tile_tokens is not None:
+            tile_megatron_mlps(self, model.mlp_tile_tokens)
         self._sizes = sizes
+        self._loss = loss_function(model)
         self._loss_chunk_tokens = model.loss_chunk_tokens
 
     def _postprocess(
@@ -57,13 +62,17 @@ class MegatronCausalLM(GPTModel):
             weight = self.output_layer.weight
         if self._sizes.real_vocab_rows < self._sizes.vocab_rows:
             weight = weight[: self._sizes.real_vocab_rows]
+        hidden, labels = hidden_states.flatten(0, 1), labels.flatten()
+        weights = None if loss_mask is None else loss_mask.flatten()
+        if self.tp_group.size() == 1:
+            return self._loss(hidden, weight, labels, weights)
         return vocab_parallel_linear_cross_entropy(
-            hidden_states.flatten(0, 1),
+            hidden,
             weight,
-            labels.flatten(),
+            labels,
             first_row=self._sizes.first_vocab_row,
             group=self.tp_group,
-            weights_L=None if loss_mask is None else loss_mask.flatten(),
+            weights_L=weights,
             chunk_tokens=self._loss_chunk_tokens,
         )
 

@@ -57,6 +57,10 @@ class Mask(ABC):
         """Return what two heads have in common if and only if their masks are the same."""
         return 0
 
+    def interval_pattern(self, head: int) -> Hashable:
+        """Return what heads have in common whose parts differ in nothing but their key sets."""
+        return self.pattern(head)
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)
 
@@ -120,6 +124,10 @@ class _Pair(Mask):
     def pattern(self, head: int) -> Hashable:
         """See `Mask`."""
         return self.left.pattern(head), self.right.pattern(head)
+
+    def interval_pattern(self, head: int) -> Hashable:
+        """See `Mask`."""
+        return self.left.interval_pattern(head), self.right.interval_pattern(head)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,10 @@ class StridedBlocks(Mask):
         """See `Mask`."""
         return self._residue(head)
 
+    def interval_pattern(self, head: int) -> Hashable:
+        """See `Mask`."""
+        return 0
+
     def allows(self, q: IntArray, k: IntArray, head: int = 0) -> BoolArray:
         """See `Mask`."""
         return (k // self.block % self.stride == self._residue(head)) & (q >= 0)

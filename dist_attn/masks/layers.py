@@ -55,6 +55,10 @@ class DocumentStride(Mask):
         """See `Mask`."""
         return head // self.heads_per_shift % self.stride
 
+    def interval_pattern(self, head: int) -> Hashable:
+        """See `Mask`."""
+        return 0
+
     def allows(self, q: IntArray, k: IntArray, head: int = 0) -> BoolArray:
         """See `Mask`."""
         block = (k - _start_of(self.cu_seqlens, k)) // self.block

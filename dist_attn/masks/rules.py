@@ -280,6 +280,10 @@ class PerHead(Mask):
         """See `Mask`."""
         return id(self._of(head)), self._of(head).pattern(head)
 
+    def interval_pattern(self, head: int) -> Hashable:
+        """See `Mask`."""
+        return id(self._of(head)), self._of(head).interval_pattern(head)
+
     def allows(self, q: IntArray, k: IntArray, head: int = 0) -> BoolArray:
         """See `Mask`."""
         return self._of(head).allows(q, k, head)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from dist_attn.config import ClusterConfig, Config
-from dist_attn.errors import ConfigError, PlanError, UserError
-from dist_attn.masks.layers import LayerRules, layer_rules, mean_area
-from dist_attn.planner.calibration import Calibration, calibrated
-from dist_attn.planner.cluster import Cluster
+from dist_attn.config import Config
+from dist_attn.errors import PlanError, UserError
+from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.compare import Case, comparison, comparison_page, legend
-from dist_attn.planner.cost import CostModel
+from dist_attn.planner.fitting import cost_model, described_cluster, layer_rules_of
 from dist_attn.planner.lengths import read_lengths
 from dist_attn.planner.mask_picture import mask_figure
-from dist_attn.planner.memory import Sharding
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.preview import print_plan, write_preview
 from dist_attn.planner.problem import plan_as_configured
@@ -112,57 +109,3 @@ def _write(made: _Made, out: Path) -> list[Path]:
     except OSError as error:
         raise PlanError(f"cannot write into {out}: {error}") from None
     return files
-
-
-def described_cluster(config: Config) -> Cluster:
-    """The cluster of a configuration, which must describe it.
-
-    Raises:
-        ConfigError: the configuration leaves the cluster to the ranks that run.
-    """
-    if not isinstance(config.cluster, ClusterConfig):
-        raise ConfigError(
-            "cluster is 'auto', which only a run can resolve; name a cluster file, such as "
-            "--set cluster=configs/clusters/h100_64.yaml"
-        )
-    return Cluster.from_config(config.cluster)
-
-
-def layer_rules_of(config: Config, shape: ModelShape) -> LayerRules | None:
-    """What each layer of the model sees; None where all are causal.
-
-    Raises:
-        ConfigError: `attention.masks` names layers or heads that the model does not have.
-    """
-    return layer_rules(
-        config.attention.masks, shape.num_layers, shape.num_heads, shape.num_kv_heads
-    )
-
-
-def derived_costs(
-    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
-) -> CostModel:
-    """The derived cost model of a run whose documents have up to `longest` tokens."""
-    cost = CostModel.derive(
-        shape,
-        cluster,
-        Sharding.from_config(config, shape),
-        config.planner.max_tokens_per_device,
-        mean_area(rules, longest),
-    )
-    return replace(cost, inner_degree=config.attention.inner_degree)
-
-
-def cost_model(
-    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
-) -> CostModel:
-    """The cost model of a run: derived, or fitted where the configuration names calibrations.
-
-    Raises:
-        ConfigError: a calibration that cannot be read, or is of another device or model.
-    """
-    derived = derived_costs(config, cluster, shape, rules, longest)
-    if not config.cost.calibrations:
-        return derived
-    made = [Calibration.load(path) for path in config.cost.calibrations]
-    return calibrated(derived, made, [d.name for d in cluster.devices], shape)

@@ -121,8 +121,7 @@ class CostModel:
         """All-to-all gives every rank at least one query head; two levels need whole nodes."""
         if "+" in kind.strategy:
             levels = self._levels(kind)
-            heads = self.shape.num_heads if kind.strategy.startswith("ulysses") else kind.degree
-            return levels is not None and levels.inner <= heads
+            return levels is not None and levels.num_heads_needed <= self.shape.num_heads
         return kind.strategy != "ulysses" or kind.degree <= self.shape.num_heads
 
     def fixed_s(self, kind: GroupKind) -> float:

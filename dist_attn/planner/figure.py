@@ -7,21 +7,14 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from dist_attn.planner.colours import OVERHEAD, degree_colour
 from dist_attn.planner.plan import Plan
 from dist_attn.planner.schedule import Span, group_starts, spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: From few ranks to many: cool to warm, readable with black text, told apart by the colour-blind.
-PALETTE = ("#9ecae1", "#6baed6", "#4fb3bf", "#74c476", "#c7e26a", "#fdd05a", "#fdae6b", "#f4795b")
-OVERHEAD = "#bdbdbd"
 _IDLE = "#d9d9d9"
-
-
-def degree_colour(degree: int) -> str:
-    """One colour per power of two."""
-    return PALETTE[min((degree - 1).bit_length(), len(PALETTE) - 1)]
 
 
 def figure(plan: Plan, width_in: float = 10.0) -> Figure:

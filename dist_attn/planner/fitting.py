@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from dist_attn.config import Config, validate
-from dist_attn.errors import UserError
+from dist_attn.config import ClusterConfig, Config, validate
+from dist_attn.errors import ConfigError, UserError
+from dist_attn.masks.layers import LayerRules, layer_rules, mean_area
+from dist_attn.planner.calibration import Calibration, calibrated
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.command import cost_model, layer_rules_of
+from dist_attn.planner.cost import CostModel
 from dist_attn.planner.memory import GIB, MemoryModel, Sharding
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.planner.shape import ModelShape
@@ -27,6 +29,60 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 )
 #: How many times the ranks at hand are tried.
 _MOST_RANKS = 64
+
+
+def described_cluster(config: Config) -> Cluster:
+    """The cluster of a configuration, which must describe it.
+
+    Raises:
+        ConfigError: the configuration leaves the cluster to the ranks that run.
+    """
+    if not isinstance(config.cluster, ClusterConfig):
+        raise ConfigError(
+            "cluster is 'auto', which only a run can resolve; name a cluster file, such as "
+            "--set cluster=configs/clusters/h100_64.yaml"
+        )
+    return Cluster.from_config(config.cluster)
+
+
+def layer_rules_of(config: Config, shape: ModelShape) -> LayerRules | None:
+    """What each layer of the model sees; None where all are causal.
+
+    Raises:
+        ConfigError: `attention.masks` names layers or heads that the model does not have.
+    """
+    return layer_rules(
+        config.attention.masks, shape.num_layers, shape.num_heads, shape.num_kv_heads
+    )
+
+
+def derived_costs(
+    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
+) -> CostModel:
+    """The derived cost model of a run whose documents have up to `longest` tokens."""
+    cost = CostModel.derive(
+        shape,
+        cluster,
+        Sharding.from_config(config, shape, cluster),
+        config.planner.max_tokens_per_device,
+        mean_area(rules, longest),
+    )
+    return replace(cost, inner_degree=config.attention.inner_degree)
+
+
+def cost_model(
+    config: Config, cluster: Cluster, shape: ModelShape, rules: LayerRules | None, longest: int
+) -> CostModel:
+    """The cost model of a run: derived, or fitted where the configuration names calibrations.
+
+    Raises:
+        ConfigError: a calibration that cannot be read, or is of another device or model.
+    """
+    derived = derived_costs(config, cluster, shape, rules, longest)
+    if not config.cost.calibrations:
+        return derived
+    made = [Calibration.load(path) for path in config.cost.calibrations]
+    return calibrated(derived, made, [d.name for d in cluster.devices], shape)
 
 
 def planning_problem_of(config: Config, devices: Cluster, vocab_size: int) -> PlanningProblem:
@@ -50,7 +106,8 @@ def memory_of(config: Config, problem: PlanningProblem, vocab_size: int) -> Memo
     """The memory of one rank of a run."""
     shape = ModelShape.from_config(config.model, vocab_size)
     share = tensor_parallel_shape(shape, config.engine.tensor_parallel_degree)
-    return MemoryModel.of(share, problem.cluster.world_size, Sharding.from_config(config, share))
+    cluster = problem.cluster
+    return MemoryModel.of(share, cluster.world_size, Sharding.from_config(config, share, cluster))
 
 
 def smallest_change(config: Config, devices: Cluster, vocab_size: int, length: int) -> str:

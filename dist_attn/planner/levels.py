@@ -13,13 +13,11 @@ from dist_attn.planner.shape import ModelShape
 class Levels:
     """A group as nodes of `inner` ranks, `outer` of them.
 
-    With d = inner * outer ranks, the all-to-all or the ring inside a node runs over the node's own
-    link. Between nodes:
-
-    - after an all-to-all each rank has its node's tokens for 1 / inner of the heads: a ring or a
-      gather passes these on outer - 1 times.
-    - a double ring sends each block outer - 1 times to the next node, and meanwhile outer times
-      inner - 1 places round its node; the slower of the two counts.
+    An all-to-all, inside nodes or between them, runs over that level's link and is hidden by
+    nothing. After it each rank has the tokens of those it traded with for its share of the heads,
+    and a ring or a gather passes these on at the other level. Without one a block goes outer - 1
+    times to the next node, and meanwhile outer times inner - 1 places round its node; the slower of
+    the two counts. A gather costs as a ring here, which is the most it can.
     """
 
     strategy: str
@@ -28,33 +26,57 @@ class Levels:
     inner_link: LinkRates
     outer_link: LinkRates
 
+    @property
+    def num_heads_needed(self) -> int:
+        """Query heads that all-to-alls need, so that every rank has one."""
+        inside, between = self._trades
+        return (self.inner if inside else 1) * (self.outer if between else 1)
+
+    @property
+    def _trades(self) -> tuple[bool, bool]:
+        """Whether heads are traded inside nodes, and between them."""
+        inside, between = self.strategy.split("+")
+        return inside == "ulysses", between == "ulysses"
+
     def latency_s(self, shape: ModelShape) -> float:
         """Seconds of one layer's messages, forward and backward."""
         passes = shape.attention_forwards + 1
-        between = (passes * (self.outer - 1) + self.outer) * self.outer_link.latency_s
-        if self.strategy.startswith("ulysses"):
-            trades = (shape.forwards + 1) * 2 * math.log2(self.inner)
-            return trades * self.inner_link.latency_s + between
-        hops = passes * self.outer * (self.inner - 1) + self.inner * self.outer
-        return hops * self.inner_link.latency_s + between
+        inside, between = self._trades
+        trades = (shape.forwards + 1) * 2
+        rounds = 1 if between else self.outer
+        if inside:
+            inner = trades * math.log2(self.inner)
+        else:
+            inner = passes * rounds * (self.inner - 1) + self.inner * rounds
+        if between:
+            outer = trades * math.log2(self.outer)
+        else:
+            outer = passes * (self.outer - 1) + self.outer
+        return inner * self.inner_link.latency_s + outer * self.outer_link.latency_s
 
     def seconds_per_token(self, shape: ModelShape) -> tuple[float, float]:
         """Seconds of a token's exchanges: those that nothing hides, and those behind attention."""
         ranks = self.inner * self.outer
-        ulysses = self.strategy.startswith("ulysses")
+        inside, between = self._trades
         kv_heads = shape.num_kv_heads
-        if ulysses:
-            kv_heads = max(kv_heads, min(self.inner, shape.num_heads))
+        if inside or between:
+            kv_heads = max(kv_heads, min(self.num_heads_needed, shape.num_heads))
+        elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
+        sent = elements * shape.bytes_per_element * (shape.forwards + 1) * shape.num_layers / ranks
         # Keys and values on every pass, and their gradients in float32.
         bytes_each = (shape.attention_forwards + 1) * shape.bytes_per_element + 4
         kv = 2 * kv_heads * shape.head_dim * bytes_each * shape.num_layers / ranks
-        between = kv * (self.outer - 1) / self.outer_link.bytes_per_s
-        if not ulysses:
-            inside = kv * self.outer * (self.inner - 1) / self.inner_link.bytes_per_s
-            return 0.0, max(inside, between)
-        elements = 2 * (shape.num_heads + kv_heads) * shape.head_dim
-        sent = elements * shape.bytes_per_element * (shape.forwards + 1) * shape.num_layers / ranks
-        return sent * (self.inner - 1) / self.inner / self.inner_link.bytes_per_s, between
+        exposed, behind = 0.0, 0.0
+        if inside:
+            exposed += sent * (self.inner - 1) / self.inner / self.inner_link.bytes_per_s
+        else:
+            rounds = 1 if between else self.outer
+            behind = kv * rounds * (self.inner - 1) / self.inner_link.bytes_per_s
+        if between:
+            exposed += sent * (self.outer - 1) / self.outer / self.outer_link.bytes_per_s
+        else:
+            behind = max(behind, kv * (self.outer - 1) / self.outer_link.bytes_per_s)
+        return exposed, behind
 
 
 def inner_size(kind: GroupKind, inner_degree: int | None, devices_per_node: int) -> int | None:

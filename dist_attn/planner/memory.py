@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dist_attn.config import Config
+from dist_attn.planner.cluster import Cluster
+from dist_attn.planner.peers import slot_bytes_per_token
 from dist_attn.planner.shape import ModelShape
 
 GIB = 1 << 30
@@ -17,6 +19,8 @@ GIB = 1 << 30
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 #: Workspaces of matrix products, attention kernels and gradients of single parameters.
 _WORKSPACE_BYTES = 160 << 20
+#: The part that is messages of other GPUs; torch's allocator does not count it.
+SLOTS = "peer slots"
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,14 @@ class Sharding:
     offload_parameters: bool = False
     #: Parameters that are trained; None: all.
     trained_parameters: int | None = None
+    #: Of a group whose GPUs copy to each other.
+    slot_bytes_per_token: int = 0
 
     @classmethod
-    def from_config(cls, config: Config, shape: ModelShape) -> Sharding:
-        """Read it from a run's configuration."""
+    def from_config(
+        cls, config: Config, shape: ModelShape, cluster: Cluster | None = None
+    ) -> Sharding:
+        """Read it from a run's configuration; messages' slots are those of a cluster."""
         return cls(
             zero_stage=config.engine.zero_stage,
             engine=config.engine.name,
@@ -44,6 +52,7 @@ class Sharding:
             offload_optimizer=config.engine.offload_optimizer,
             offload_parameters=config.engine.offload_parameters,
             trained_parameters=adapter_parameters(config, shape),
+            slot_bytes_per_token=slot_bytes_per_token(config.attention, shape, cluster),
         )
 
 
@@ -81,7 +90,8 @@ class MemoryModel:
     A layer keeps, per token and beside what recomputation spares: its input, the outputs of its two
     norms and of its first half, rotated queries, keys, values, attention's output and normaliser,
     and three tensors of the MLP; torch's own kernels (`shape.fused` false) also a float32 copy in
-    each norm and a fourth tensor of the MLP.
+    each norm and a fourth tensor of the MLP. Megatron's keep no copy in norms, but queries, keys
+    and values before their rotation in one tensor, sines and cosines, and five tensors of the MLP.
     """
 
     static: tuple[tuple[str, int], ...]
@@ -96,28 +106,41 @@ class MemoryModel:
             world_size: ranks over which ZeRO divides.
             sharding: how.
         """
+        shape = replace(shape, megatron=sharding.engine == "megatron")
         c, e = shape.hidden_size * shape.bytes_per_element, shape.bytes_per_element
         kept = shape.num_layers * kept_bytes_per_token(shape)
         shared = 2 * shape.head_dim * (4 if shape.fused else e) + 40
         weight = shape.vocab_size * shape.hidden_size
         if sharding.trained_parameters is not None:
             weight = 0  # frozen: no gradient
+        slots = ((SLOTS, sharding.slot_bytes_per_token),)
+        # Of every token the last norm's input and output, and the gradient of that.
+        logits, per_token = 8 * shape.loss_chunk_tokens * shape.vocab_size, 3 * c
+        if shape.fused_loss:
+            # Liger's chunks have logits as large as all hidden states, or twice so.
+            logits, per_token = 0, 5 * c
         loss = Moment(
             "the loss",
-            (
-                ("loss", (4 + e) * weight + 8 * shape.loss_chunk_tokens * shape.vocab_size),
-                ("workspace", _WORKSPACE_BYTES),
-            ),
-            # The last norm's input and output, and the gradient of that.
-            (("activations", kept + shared), ("loss", 3 * c)),
+            (("loss", (4 + e) * weight + logits), ("workspace", _WORKSPACE_BYTES)),
+            (("activations", kept + shared), ("loss", per_token), *slots),
         )
         work, tile = _work(shape)
         backward = Moment(
             "the backward",
-            (("layer at work", tile), ("workspace", _WORKSPACE_BYTES)),
-            (("activations", kept + shared), ("layer at work", work + c)),
+            # The vocabulary's gradient is there already: as it came, widened, and in a bucket.
+            (
+                ("layer at work", tile),
+                ("workspace", _WORKSPACE_BYTES),
+                ("loss", 0 if sharding.engine == "megatron" else (8 + e) * weight),
+            ),
+            (("activations", kept + shared), ("layer at work", work + c), *slots),
         )
         return cls(_static(shape, world_size, sharding), (loss, backward))
+
+    @property
+    def slot_bytes_per_token(self) -> int:
+        """Of each group in which a rank works."""
+        return dict(self.moments[0].per_token)[SLOTS]
 
     @property
     def static_bytes(self) -> int:
@@ -184,14 +207,20 @@ def kept_bytes_per_token(shape: ModelShape) -> int:
 def layer_bytes_per_token(shape: ModelShape) -> int:
     """What a layer keeps that is not computed again."""
     c, q, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads
+    kv *= shape.head_dim
     mlp = 0 if shape.mlp_tile_tokens else _mlp_tensors(shape) * shape.intermediate_size
-    elements = 4 * c + 2 * q + 2 * kv * shape.head_dim + mlp
-    norms = 0 if shape.fused else 2 * 4 * c
+    elements, norms = 4 * c + 2 * q + 2 * kv + mlp, 0
+    if shape.megatron:
+        elements += q + kv + 4 * shape.head_dim
+    elif not shape.fused:
+        norms = 2 * 4 * c
     return elements * shape.bytes_per_element + norms + 4 * shape.num_heads
 
 
 def _mlp_tensors(shape: ModelShape) -> int:
-    """Gate, up and their product; torch also keeps the activated gate."""
+    """Gate, up and their product; torch also keeps the activated gate, Megatron a second up."""
+    if shape.megatron and not shape.mlp_tile_tokens:
+        return 5
     return 3 if shape.fused else 4
 
 
@@ -199,7 +228,7 @@ def _work(shape: ModelShape) -> tuple[int, int]:
     """Bytes per token of a layer's backward beside what is kept, and of a tile of its MLP."""
     e, c, i = shape.bytes_per_element, shape.hidden_size, shape.intermediate_size
     # Gradients of the MLP's product (torch: and of both factors), then of its input, twice.
-    mlp = (1 if shape.fused else 3) * i
+    mlp = (1 if shape.fused else 2 if shape.megatron else 3) * i
     again = 0
     if shape.gradient_checkpointing:
         # Its input, and its attention if that is kept, are there already.
@@ -232,11 +261,11 @@ def _static(shape: ModelShape, world_size: int, sharding: Sharding) -> tuple[tup
         ("parameters", parameters),
         ("gradients", gradients),
         ("optimizer", states),
-        ("buffers", _buffers(shape, sharding)),
+        ("buffers", _buffers(shape, world_size, sharding)),
     )
 
 
-def _buffers(shape: ModelShape, sharding: Sharding) -> int:
+def _buffers(shape: ModelShape, world_size: int, sharding: Sharding) -> int:
     """Buckets in float32, and under ZeRO-3 the parameters that are whole for a while."""
     if sharding.engine == "megatron":
         return 0  # its buffers are the gradients
@@ -245,8 +274,8 @@ def _buffers(shape: ModelShape, sharding: Sharding) -> int:
         case 0 | 1:
             return bucket
         case 2:
-            # Two that are filled in turn, and a copy of the one that is being sent.
-            return 3 * bucket
+            # Two that are filled in turn, and a copy of the one that is being sent; alone, one.
+            return (3 if world_size > 1 else 2) * bucket
         case _:
             live = min(shape.num_parameters, _MAX_LIVE_PARAMETERS) * shape.bytes_per_element
             return 2 * bucket + live

@@ -6,7 +6,7 @@ import html
 import json
 from string import Template
 
-from dist_attn.planner.figure import OVERHEAD, degree_colour
+from dist_attn.planner.colours import OVERHEAD, degree_colour
 from dist_attn.planner.plan import Group, MicroBatch, Plan
 from dist_attn.planner.schedule import Span, blocks, busy_share, group_starts, spans
 

@@ -29,8 +29,12 @@ class ModelShape:
     loss_chunk_tokens: int = 1024
     #: Norms, gates and rotations are fused kernels, which keep less.
     fused: bool = False
+    #: The loss is Liger's, which chooses its own chunks.
+    fused_loss: bool = False
     mlp_tile_tokens: int | None = None
     offload_checkpoints: bool = False
+    #: Layers are of Megatron's own modules.
+    megatron: bool = False
 
     @classmethod
     def from_config(cls, config: ModelConfig, vocab_size: int | None = None) -> ModelShape:
@@ -49,6 +53,7 @@ class ModelShape:
             "keep_attention": config.keep_attention,
             "loss_chunk_tokens": config.loss_chunk_tokens,
             "fused": config.kernels == "liger",
+            "fused_loss": config.loss == "liger",
             "mlp_tile_tokens": config.mlp_tile_tokens,
             "offload_checkpoints": config.offload_checkpoints,
         }

@@ -39,9 +39,9 @@ from dist_attn.planner.calibration import (
     fit_transfer,
 )
 from dist_attn.planner.cluster import Cluster
-from dist_attn.planner.command import derived_costs, layer_rules_of
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.costs import GroupKind
+from dist_attn.planner.fitting import derived_costs, layer_rules_of
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.calibrate_links import LinkPoint, group_sets, measure_links
 from dist_attn.training.probe import Probe, Probed
@@ -63,6 +63,11 @@ class Extent:
 
     max_tokens: int | None = None
     repeats: int = 5
+    #: Passes before those that count: they compile kernels, and make gradients' memory.
+    warm_ups: int = 2
+    #: Tokens in sixteenths of the most, and in how many documents of equal length.
+    sixteenths: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
+    documents: tuple[int, ...] = (1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def measure(
     machine = _machine(config, runtime, tell)
     pool = GroupPool(max(64, 2 * runtime.world_size))
     longest = extent.max_tokens or _MAX_TOKENS[runtime.device.type]
-    compute, memory = _alone(machine, longest, extent.repeats)
+    compute, memory = _alone(machine, longest, extent)
     tell("measuring exchanges")
     links = measure_links(runtime, pool, extent.repeats)
     with runtime.together():
@@ -136,7 +141,7 @@ def measure(
             [d.name for d in machine.cluster.devices],
             machine.derived.shape,
         )
-    checks = _together(machine, fitted, pool, longest, extent.repeats)
+    checks = _together(machine, fitted, pool, longest, extent)
     pool.close()
     made = Calibration(**{**vars(made), "checks": tuple(checks)})
     with runtime.together():
@@ -179,15 +184,16 @@ def _machine(config: Config, runtime: Runtime, mark: Callable[[str], None]) -> _
 
 
 def _alone(
-    machine: _Machine, longest: int, repeats: int
+    machine: _Machine, longest: int, extent: Extent
 ) -> tuple[list[ComputePoint], list[MemoryPoint]]:
     """One rank each: whole documents and pieces of them, from a sixteenth of the longest on."""
     compute, memory = [], []
     group = single_rank_group(machine.runtime.rank)
-    for tokens, count in _grid(longest):
+    for tokens, count in _grid(longest, extent):
         machine.mark(f"measuring {count} documents of {tokens} tokens in all")
         documents = [tokens // count] * count
-        found = [p.run(documents, group, "local", repeats) for p in machine.probes]
+        passes = extent.warm_ups, extent.repeats
+        found = [p.run(documents, group, "local", passes) for p in machine.probes]
         seconds = _slowest(machine, found)
         for probe in machine.probes:
             probe.forget()
@@ -203,10 +209,10 @@ def _alone(
     return compute, memory
 
 
-def _grid(longest: int) -> list[tuple[int, int]]:
+def _grid(longest: int, extent: Extent) -> list[tuple[int, int]]:
     """Tokens, and in how many documents of equal length."""
-    tokens = [max(longest * k // 16, 16) for k in (1, 2, 4, 8, 12, 16)]
-    return [(n, c) for n in tokens for c in (1, 4, 16) if n >= 2 * c]
+    tokens = [max(longest * k // 16, 16) for k in extent.sixteenths]
+    return [(n, c) for n in tokens for c in extent.documents if n >= 2 * c]
 
 
 def _slowest(machine: _Machine, found: list[Probed | None]) -> float | None:
@@ -225,7 +231,7 @@ def _fit_links(links: list[LinkPoint], *, crosses_nodes: bool) -> Fit | None:
 
 
 def _together(
-    machine: _Machine, fitted: CostModel, pool: GroupPool, longest: int, repeats: int
+    machine: _Machine, fitted: CostModel, pool: GroupPool, longest: int, extent: Extent
 ) -> list[Check]:
     """Groups of every size run one document per rank's worth of tokens; see the module."""
     checks = []
@@ -245,7 +251,8 @@ def _together(
                 if mine is None:
                     found.append(Probed(0.0, 0))
                 else:
-                    found.append(probe.run(documents, pool.get(mine), strategy, repeats))
+                    passes = extent.warm_ups, extent.repeats
+                    found.append(probe.run(documents, pool.get(mine), strategy, passes))
                 probe.forget()
             seconds = _slowest(machine, found)
             if seconds is None or not seconds:

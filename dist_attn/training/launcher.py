@@ -14,11 +14,13 @@ from types import FrameType
 import psutil
 
 from dist_attn.errors import NODE_ERROR_EXIT, STOPPED_EXIT, USER_ERROR_EXIT, ConfigError
-from dist_attn.training.slurm import NodePlace
-from dist_attn.training.stop import STOP_SIGNALS
+from dist_attn.training.slurm import LOOPBACK, NodePlace
+from dist_attn.training.stop import STACKS_SIGNAL, STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
+#: A rank that was stopped by a signal will not end by itself.
+STOPPED_PATIENCE_S = 3.0
 #: Ranks without a GPU when nobody says how many.
 DEFAULT_CPU_RANKS = 4
 
@@ -50,7 +52,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from dist_attn.training.rendezvous import BACKEND, LOOPBACK, register
+    from dist_attn.training.rendezvous import BACKEND, register
 
     # What elastic reports in a page, this reports in a line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -104,7 +106,8 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
 def _end_the_last(num_ranks: int, patience_s: float) -> None:
     """End ranks that stay although others of this node are gone: stopped, or stuck in their end.
 
-    Ranks that fail are not waited for: torch's agent ends the others itself.
+    They show their stacks first. Ranks that fail are not waited for: torch's agent ends the others
+    itself, 30 s later.
     """
     complete, since = False, None
     while True:
@@ -115,16 +118,21 @@ def _end_the_last(num_ranks: int, patience_s: float) -> None:
             since = None
             continue
         since = since or time.monotonic()
-        if time.monotonic() - since < patience_s:
-            continue
+        waited_s = time.monotonic() - since
         for process in ranks:
             with contextlib.suppress(psutil.Error):
+                status = process.status()
+                patience = STOPPED_PATIENCE_S if status == psutil.STATUS_STOPPED else patience_s
+                if waited_s < min(patience, patience_s):
+                    continue
                 logger.error(
-                    "rank %s (process %d, %s) is still there %g s after others ended; it is ended",
-                    process.environ()["RANK"], process.pid, process.status(), patience_s,
+                    "rank %s (process %d, %s) is still there %.3g s after others ended; it is "
+                    "ended", process.environ()["RANK"], process.pid, status, waited_s,
                 )  # fmt: skip
+                process.send_signal(STACKS_SIGNAL)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(1.0)
                 process.kill()
-        since = None
 
 
 def _is_rank(process: psutil.Process) -> bool:

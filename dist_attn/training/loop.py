@@ -5,43 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_attn.config import Config, EngineConfig
+from dist_attn.config_device import describe_loss
 from dist_attn.data import SamplerPosition
 from dist_attn.data.indexed import IntArray
 from dist_attn.errors import Stopped
 from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import Engine, engine_factory
 from dist_attn.integrations.hf import build_model, model_frequencies
-from dist_attn.planner.command import layer_rules_of
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.levels import strategy_letters
-from dist_attn.planner.memory import GIB
-from dist_attn.planner.plan import Plan
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.checkpoint import load_checkpoint, save_checkpoint
 from dist_attn.training.checkpoint_files import TrainState, choose_checkpoint, has_checkpoint
 from dist_attn.training.corpus_guard import CorpusGuard
-from dist_attn.training.metrics import (
-    Reporter,
-    StepMetrics,
-    describe_groups,
-    describe_peaks,
-    imbalance,
-    memory_gib,
-)
+from dist_attn.training.metrics import Reporter, describe_peaks
 from dist_attn.training.nonfinite import NonFinitePolicy
 from dist_attn.training.planning import PlanSource
 from dist_attn.training.run_folder import RunFolder
 from dist_attn.training.runtime import Runtime, choose_device, joined
 from dist_attn.training.schedule import learning_rate
 from dist_attn.training.setup import check_identity, check_steps_left, run_identity
-from dist_attn.training.slow_ranks import SlowRanks
 from dist_attn.training.stages import Stage, Stages, open_stages
-from dist_attn.training.step import StepResult, StepRunner
+from dist_attn.training.step import StepRunner
+from dist_attn.training.step_report import StepOutcome, StepReports
 from dist_attn.training.stop import StopRequest
 from dist_attn.training.watchdog import SETUP, Mark, no_mark
 
@@ -49,17 +41,6 @@ logger = logging.getLogger(__name__)
 
 #: `--resume auto`: go on if there is something to go on from, else begin.
 RESUME_IF_BEGUN = "auto"
-
-
-@dataclass(frozen=True)
-class _RankReport:
-    """What one rank tells the others after a step."""
-
-    seconds: float
-    result: StepResult
-    memory_gib: float
-    #: A stop signal that came to this rank.
-    stop: str | None
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -166,19 +147,13 @@ class _Run:
         capacity = max(64, 2 * runtime.world_size) if many else 64
         capacity *= config.engine.tensor_parallel_degree
         self._pool = GroupPool(capacity, copy_engines=config.attention.copy_engines)
-        self._tensor_parallel_degree = config.engine.tensor_parallel_degree
         self._engine: Engine | None = None
         self._hf_config: Any
         #: Of the step that is planned next, and of the step that runs; both None before the first.
         self._planned: Stage | None = None
         self._plans: PlanSource | None = None
         self._stage: Stage | None = None
-        self._slow_ranks = SlowRanks(
-            config.run.slow_rank_factor,
-            config.run.slow_rank_steps,
-            runtime.nodes,
-            speaks=runtime.is_main,
-        )
+        self._reports = StepReports(config, runtime, self._pool)
         self._guard: CorpusGuard
         self._runner: StepRunner
         self._nonfinite: NonFinitePolicy
@@ -285,6 +260,8 @@ class _Run:
             f"{self._config.model.dtype}; groups below: degree, {legend}, "
             f"+ at a time, | one after another"
         )
+        if runtime.device.type != "cpu":  # where there is no choice
+            reporter.say(describe_loss(self._config.model, engine, runtime.device.type))
         if state.step:
             reporter.say(f"resumed at step {state.step}, {state.tokens:,} tokens trained")
 
@@ -310,8 +287,10 @@ class _Run:
             if math.isfinite(result.loss) and not math.isfinite(norm):
                 result = replace(result, suspects=self._runner.suspects_of_gradients(ids))
             self._mark(step, "the exchange of metrics")
-            reports = self._exchange(time.perf_counter() - begun, result)
-            metrics = self._metrics(step, plan, reports, waited_s, lr, norm)
+            seconds = time.perf_counter() - begun
+            reports = self._reports.exchange(seconds, result, self._stop.signal_name)
+            done = StepOutcome(step, plan, stage, waited_s, lr, norm)
+            metrics = self._reports.sum_up(done, reports)
             suspects = [d for r in reports for d in r.result.suspects]
             skipped = self._nonfinite.skipped(step, metrics.loss, norm, suspects)
             self._peaks = max(self._peaks, (metrics.memory_gib, metrics.predicted_memory_gib))
@@ -339,53 +318,6 @@ class _Run:
         self._mark(self._config.run.steps, "the end")
         with self._runtime.together():
             _check(reporter)
-
-    def _exchange(self, seconds: float, result: StepResult) -> list[_RankReport]:
-        memory = memory_gib(self._runtime.device)
-        mine = _RankReport(seconds, result, memory, self._stop.signal_name)
-        return self._runtime.gather(mine)
-
-    def _metrics(
-        self,
-        step: int,
-        plan: Plan,
-        reports: list[_RankReport],
-        waited_s: float,
-        lr: float,
-        norm: float,
-    ) -> StepMetrics:
-        seconds = max(r.seconds for r in reports)
-        slowest, ratio = self._slow_ranks.judge(step, [r.result.work for r in reports])
-        # Neighbours that hold one model between them have the same tokens.
-        padding = sum(r.result.padding for r in reports[:: self._tensor_parallel_degree])
-        tokens = sum(plan.lengths)
-        return StepMetrics(
-            step=step,
-            loss=reports[0].result.loss,
-            lr=lr,
-            grad_norm=norm,
-            documents=len(plan.lengths),
-            tokens=tokens,
-            tokens_per_s=tokens / seconds,
-            step_s=seconds,
-            predicted_s=plan.predicted_s,
-            plan_wait_s=waited_s,
-            plan_solve_s=plan.solver.seconds,
-            plan_gap=plan.gap,
-            imbalance=imbalance([r.result.forward_s for r in reports]),
-            slowest_rank=slowest,
-            slowest_rank_ratio=ratio,
-            padding_share=padding / (tokens + padding),
-            memory_gib=max(r.memory_gib for r in reports),
-            predicted_memory_gib=self._predicted_gib(max(r.result.most_tokens for r in reports)),
-            micro_batches=len(plan.micro_batches),
-            groups=describe_groups(plan),
-            stage=0 if self._stage is None else self._stage.index,
-        )
-
-    def _predicted_gib(self, tokens: int) -> float:
-        assert self._stage is not None
-        return self._stage.memory.bytes_at(tokens) / GIB
 
     def _checkpoint(
         self, state: TrainState, reporter: Reporter | None, *, stopping: bool

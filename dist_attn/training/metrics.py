@@ -14,13 +14,11 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from dist_attn.config import LoggingConfig
 from dist_attn.errors import ConfigError
 from dist_attn.planner.levels import strategy_letters
 from dist_attn.planner.plan import Plan
-from dist_attn.planner.preview import figure
 from dist_attn.training.run_folder import RunFolder
 
 
@@ -139,6 +137,8 @@ class Reporter:
         self._failure: str | None = None
         self._writer: Any = None
         if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - rank 0 alone
+
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
         self._lines = folder.metrics.open("a", encoding="utf-8")
 
@@ -207,6 +207,9 @@ class Reporter:
             self._writer.add_scalar(tag, value, m.step)
         every = self._config.plan_picture_every_steps
         if every and m.step % every == 0:
+            # matplotlib, half a second that no other rank has to spend.
+            from dist_attn.planner.figure import figure  # noqa: PLC0415
+
             self._writer.add_figure("plan/timeline", figure(plan), m.step)
 
 

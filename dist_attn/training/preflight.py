@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -52,6 +53,8 @@ class Findings:
 
     node: str
     device: str
+    #: CPUs that the rank may run on.
+    cpus: int
     #: Ranks of the node for every device that it has.
     ranks_per_device: float
     versions: tuple[tuple[str, str], ...]
@@ -259,6 +262,7 @@ def _examine(config: Config, runtime: Runtime) -> Findings:
     return Findings(
         node=nodes[runtime.rank],
         device=torch.cuda.get_device_name(runtime.device) if cuda else "cpu",
+        cpus=len(os.sched_getaffinity(0)),
         ranks_per_device=runtime.local_world_size / torch.cuda.device_count() if cuda else 1.0,
         versions=_versions(),
         config_hash=hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
@@ -308,22 +312,15 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 def _show(everyone: list[Findings]) -> None:
     table = Table(box=None)
-    for title in (
-        "node",
-        "ranks",
-        "device",
-        "free GiB",
-        "clock s",
-        "TFLOP/s",
-        "GB/s in",
-        "GB/s out",
-    ):
+    titles = "node,ranks,CPUs,device,free GiB,clock s,TFLOP/s,GB/s in,GB/s out"
+    for title in titles.split(","):
         table.add_column(title, justify="left" if title in ("node", "device") else "right")
     for node in dict.fromkeys(f.node for f in everyone):
         mine = [f for f in everyone if f.node == node]
         table.add_row(
             node,
             str(len(mine)),
+            str(min(f.cpus for f in mine)),
             ", ".join(sorted({f.device for f in mine})),
             f"{min(f.free_gib for f in mine):.1f}",
             f"{max((f.clock_offset_s for f in mine), key=abs):+.4f}",
@@ -331,7 +328,9 @@ def _show(everyone: list[Findings]) -> None:
             _least([f.intra_node_bytes_per_s for f in mine], 1e9, 2),
             _least([f.inter_node_bytes_per_s for f in mine], 1e9, 2),
         )
-    Console(soft_wrap=True, highlight=False).print(table)
+    # A log is as wide as its lines.
+    width = None if sys.stdout.isatty() else 160
+    Console(soft_wrap=True, highlight=False, width=width).print(table)
 
 
 def _least(values: list[float | None], unit: float, digits: int) -> str:

@@ -19,7 +19,7 @@ from dist_attn.integrations.hf import build_model
 from dist_attn.layout import make_layout
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.shape import ModelShape
-from dist_attn.training.step import local_context
+from dist_attn.training.contexts import local_context
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,23 @@ class Probe:
         sizes = {key: getattr(shape, key) for key in (*keys, "head_dim", "vocab_size")}
         sizes["tie_word_embeddings"] = shape.tie_word_embeddings
         made = config.model.model_copy(update={**sizes, "checkpoint": None})
-        self._model = build_model(made, shape.vocab_size, seed=0).to(device)
+        with device:
+            self._model = build_model(made, shape.vocab_size, seed=0).to(device)
         self._vocab_size = shape.vocab_size
         self._rules = rules
         self._device = device
         self._ring_layout = config.attention.ring_layout
 
     def run(
-        self, documents: Sequence[int], group: CommGroup, strategy: str, repeats: int
+        self, documents: Sequence[int], group: CommGroup, strategy: str, passes: tuple[int, int]
     ) -> Probed | None:
         """Time the pass of a group of ranks that share the documents evenly; the median counts.
+
+        Args:
+            documents: their lengths.
+            group: the ranks.
+            strategy: how they work together.
+            passes: how many are made first, and how many are timed.
 
         Returns:
             None where the device's memory is too small.
@@ -65,10 +72,12 @@ class Probe:
         context = local_context(batch, group, self._rules)
         batch = batch.to(self._device)
         seconds = []
+        warm_ups, repeats = passes
+        before = 0
         try:
-            # The first passes compile kernels, and make gradients' memory.
-            for _ in range(repeats + 2):
+            for _ in range(warm_ups + repeats):
                 self._settle()
+                before = self._begin_peak()
                 begun = time.perf_counter()
                 loss: Tensor = self._model(
                     batch.input_ids, batch.shift_labels, batch.position_ids, context
@@ -80,7 +89,7 @@ class Probe:
             del batch, context
             self.forget()
             return None
-        return Probed(statistics.median(seconds[2:]), self._peak(batch, context))
+        return Probed(statistics.median(seconds[warm_ups:]), self._peak() - before)
 
     def forget(self) -> None:
         """Free gradients and what the device keeps for reuse."""
@@ -89,13 +98,15 @@ class Probe:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _peak(self, batch: LocalBatch, context: object) -> int:
+    def _begin_peak(self) -> int:
+        """Begin to look for the peak of a pass; return the bytes that are there before."""
         if self._device.type != "cuda":
             return 0
         torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        self._model(batch.input_ids, batch.shift_labels, batch.position_ids, context).backward()
-        return torch.cuda.max_memory_allocated(self._device) - before
+        return torch.cuda.memory_allocated(self._device)
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def _settle(self) -> None:
         if self._device.type == "cuda":

@@ -18,7 +18,6 @@ from torch.distributed.elastic.rendezvous import (
 
 #: The name under which torch's launcher knows `_Rendezvous`.
 BACKEND = "dist-attn"
-LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
 
 

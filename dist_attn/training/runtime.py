@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dist_attn.config import RunConfig
 from dist_attn.errors import ConfigError, UserError
+from dist_attn.training.cpus import bind_cpus
 from dist_attn.training.meeting import meet
 from dist_attn.training.watchdog import SETUP, Mark, watching
 
@@ -42,7 +43,8 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: by all ranks."""
-        dist.barrier()
+        # Else NCCL guesses the device, and says so.
+        dist.barrier(device_ids=[self.device.index] if dist.get_backend() == "nccl" else None)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank. Collective: by all ranks."""
@@ -110,6 +112,8 @@ def joined(config: RunConfig) -> Iterator[tuple[Runtime, Mark]]:
             local_world_size,
             torch.cuda.device_count(),
         )
+    if device.type == "cuda" and config.bind_cpus:
+        bind_cpus(store, rank, local_rank, local_world_size, device)
     runtime = Runtime(rank, world_size, local_rank, local_world_size, device, store, tuple(nodes))
     # The watchdog, which says more, comes first.
     timeout = datetime.timedelta(seconds=1.5 * config.timeout_s)

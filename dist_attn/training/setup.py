@@ -24,6 +24,7 @@ _FREE_MODEL_KEYS = (
     "keep_attention",
     "offload_checkpoints",
     "mlp_tile_tokens",
+    "loss",
     "loss_chunk_tokens",
     "checkpoint",
     "kernels",

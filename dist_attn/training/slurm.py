@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from dist_attn.errors import ConfigError
 
+LOOPBACK = "127.0.0.1"
 #: Ports that are derived from job and step, so that steps of one node do not collide.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 
@@ -53,6 +54,10 @@ def adopt_task(environ: MutableMapping[str, str]) -> bool:
             f"srun put task {rank} at place {local_rank} of node {node}, whose ranks begin at "
             f"{sum(counts[:node])}; number tasks node by node: srun --distribution=block"
         )
+    if environ.get("SLURM_STEP_NUM_NODES") == "1" and "MASTER_ADDR" not in environ:
+        # Nobody else need reach the ranks of one node, nor gloo's connections between them.
+        environ["MASTER_ADDR"] = LOOPBACK
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     address, port = _meeting_point(environ)
     environ.update(
         RANK=str(rank),

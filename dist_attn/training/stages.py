@@ -16,7 +16,7 @@ from dist_attn.config import Config, RopeConfig, StageConfig
 from dist_attn.data import AnyCorpus, BatchSampler, SamplerPosition
 from dist_attn.data.sampler import BoolArray
 from dist_attn.planner.fitting import memory_of, planning_problem_of
-from dist_attn.planner.memory import MemoryModel
+from dist_attn.planner.memory import GIB, MemoryModel
 from dist_attn.planner.plan import MicroBatch, Plan
 from dist_attn.planner.problem import PlanningProblem
 from dist_attn.training.runtime import Runtime
@@ -52,8 +52,24 @@ class Stage:
         return (
             f"memory of a rank with {tokens:,} tokens, the most of this step: "
             f"{self.memory.statement(tokens)}; a rank can hold "
-            f"{self.problem.cost.tokens_per_device():,} tokens"
+            f"{self.problem.cost.tokens_per_device():,} tokens{self._further_slots(plan)}"
         )
+
+    def _further_slots(self, plan: Plan) -> str:
+        """The slots of groups beside a rank's largest, in words."""
+        tokens = max(_tokens_of_further_groups(plan, r) for r in range(plan.world_size))
+        size = tokens * self.memory.slot_bytes_per_token
+        return f"; slots of further groups take {size / GIB:.1f} GiB" if size else ""
+
+
+def _tokens_of_further_groups(plan: Plan, rank: int) -> int:
+    """A rank's tokens in each group of several that it works in, but for the largest."""
+    largest: dict[tuple[int, ...], int] = {}
+    for group in (g for m in plan.micro_batches for g in m.groups):
+        if rank in group.ranks and group.degree > 1:
+            tokens = -(-group.tokens // group.degree)
+            largest[group.ranks] = max(tokens, largest.get(group.ranks, 0))
+    return sum(sorted(largest.values())[:-1])
 
 
 def _tokens_of_ranks(micro_batch: MicroBatch) -> Counter[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from dist_attn.data.indexed import IntArray
 from dist_attn.groups import CommGroup, GroupPool, single_rank_group
 from dist_attn.integrations.engine import Engine
 from dist_attn.integrations.gradient_probe import GradientProbe
-from dist_attn.masks import Causal, Documents
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.plan import Group, Plan
+from dist_attn.training.contexts import Lists, Stream, Streams, joined_context, local_context
 from dist_attn.training.runtime import Runtime
 from dist_attn.training.slow_ranks import Work
 from dist_attn.training.topology import Topology
@@ -58,6 +58,13 @@ class _Share:
     groups: list[Group]
     parts: list[LocalBatch]
     batch: LocalBatch
+    #: Layout and masks of each part.
+    streams: list[Stream]
+
+    @property
+    def by_part(self) -> Sequence[Group | None]:
+        """The group of each part; None where the rank idles."""
+        return self.groups or [None]
 
 
 class StepRunner:
@@ -88,6 +95,12 @@ class StepRunner:
             node_of,
             config.attention.inner_degree,
         )
+        self._streams = Streams(rules)
+        self._lists = Lists(config, self._topology, runtime.device)
+
+    def forget_streams(self) -> None:
+        """Begin anew with masks and what was made of them, as if all documents were new."""
+        self._streams.forget()
 
     def accumulate(
         self, plan: Plan, document_ids: IntArray, mark: Callable[[str], None] = lambda _: None
@@ -128,8 +141,12 @@ class StepRunner:
             batch = share.batch.to(self._runtime.device, non_blocking=True)
             probe = GradientProbe()
             self._probes.append((share, probe))
+            self._lists.take(share.streams)
             with watch:
                 loss = self._forward(batch, context, probe)
+            if not last:
+                following = shares[index + 1]
+                self._lists.begin(following.by_part, following.parts, following.streams)
             # The backward will add to them.
             waits.append((standing_still, len(standing_still)))
             losses.append(loss.detach())
@@ -244,10 +261,12 @@ class StepRunner:
         for groups in todo:
             if len(groups) > 1:
                 parts = [self._part(document_ids, g, 0) for g in groups]
-                shares.append(_Share(groups, parts, join_batches(parts, multiple)))
+                batch = join_batches(parts, multiple)
             else:
-                part = self._part(document_ids, groups[0] if groups else None, multiple)
-                shares.append(_Share(groups, [part], part))
+                batch = self._part(document_ids, groups[0] if groups else None, multiple)
+                parts = [batch]
+            streams = [self._streams.of(part) for part in parts]
+            shares.append(_Share(groups, parts, batch, streams))
         return shares
 
     def _part(self, document_ids: IntArray, group: Group | None, multiple: int) -> LocalBatch:
@@ -264,14 +283,20 @@ class StepRunner:
     def _context(self, share: _Share, ledger: Ledger) -> AttentionContext:
         """How the attention of a micro-batch is carried out."""
         contexts = []
-        groups: Sequence[Group | None] = share.groups or [None]
-        for group, part in zip(groups, share.parts, strict=True):
+        attention = self._config.attention
+        travels = attention.gradient_dtype and getattr(torch, attention.gradient_dtype)
+        for group, part, stream in zip(share.by_part, share.parts, share.streams, strict=True):
             comm = self._comm_group(group)
             assert comm.cp_rank == part.cp_rank
-            deterministic = self._config.attention.deterministic
-            contexts.append(
-                local_context(part, comm, self._rules, deterministic=deterministic, ledger=ledger)
+            context = local_context(
+                part,
+                comm,
+                stream=stream,
+                deterministic=attention.deterministic,
+                gradient_dtype=travels,
+                ledger=ledger,
             )
+            contexts.append(context)
         return contexts[0] if len(contexts) == 1 else joined_context(share.batch, contexts)
 
     def _comm_group(self, group: Group | None) -> CommGroup:
@@ -285,41 +310,6 @@ class StepRunner:
         if group is None or group.strategy in ("local", "ulysses"):
             return "contiguous"
         return self._config.attention.ring_layout
-
-
-def local_context(
-    batch: LocalBatch,
-    comm: CommGroup,
-    rules: LayerRules | None = None,
-    *,
-    deterministic: bool = False,
-    ledger: Ledger | None = None,
-) -> AttentionContext:
-    """How the attention of a batch is carried out: causal inside each document, or as rules say."""
-    cu_seqlens = batch.cu_seqlens.numpy()
-    whole = AttentionContext(
-        mask=Documents(cu_seqlens) & Causal(),
-        layout=batch.layout,
-        group=comm,
-        strategy=batch.strategy,
-        deterministic=deterministic,
-        num_padding=batch.num_padding,
-        ledger=ledger,
-    )
-    if rules is None:
-        return whole
-    # Layers of one rule share a mask object, and with it everything that is worked out from it.
-    by_rule = {rule: replace(whole, mask=rules.mask(rule, cu_seqlens)) for rule in rules.distinct}
-    return replace(whole, layers=tuple(by_rule[rule] for rule in rules.of_layer))
-
-
-def joined_context(batch: LocalBatch, parts: list[AttentionContext]) -> AttentionContext:
-    """The context of a rank that works in several groups, from theirs."""
-    whole = replace(parts[0], layers=(), parts=tuple(parts), num_padding=batch.num_padding)
-    if not parts[0].layers:
-        return whole
-    layers = zip(*(p.layers for p in parts), strict=True)
-    return replace(whole, layers=tuple(replace(whole, parts=of_layer) for of_layer in layers))
 
 
 def _work(shares: list[_Share], forward_s: list[float], waited_s: list[float]) -> Work:

@@ -12,6 +12,8 @@ from typing import Any
 #: What a scheduler sends before it takes a machine away: SLURM on cancellation and preemption, and
 #: by `--signal=USR1@300` before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: A process of `dist-attn` that gets it prints the stacks of its threads and goes on.
+STACKS_SIGNAL = signal.SIGUSR2
 
 
 class StopRequest:
@@ -52,11 +54,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Keep stop signals from processes started in here; SLURM sends them to all of a task's.
+    """Keep these signals from processes started in here; SLURM sends them to all of a task's.
 
     A signal for this process waits until the block ends.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, STACKS_SIGNAL))
     try:
         yield
     finally:

@@ -230,7 +230,10 @@ def describe(before: list[Beat | None], after: list[Beat | None], nodes: tuple[s
     fewest = min(b.moves for b in beats)
     behind = [r for r, b in enumerate(beats) if b.moves == fewest]
     if len(behind) == len(beats):
-        return f"every rank is alive and in the same place, {place(beats[0])}: the network is stuck"
+        return (
+            f"every rank is alive and in the same place, {place(beats[0])}: the network is stuck, "
+            f"or this takes longer than run.timeout_s; the stacks tell which"
+        )
     return "every rank is alive; behind the others: " + "; ".join(
         f"{name(r)}, {place(beats[r])}" for r in behind[:8]
     )

@@ -1,4 +1,4 @@
-"""Local attention over packed segments by the kernels that come with torch; which one is used."""
+"""Local attention over packed segments: the dense backends, and which one is used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_attn_kernels import reference
+from dist_attn_kernels import dense_flash4, reference
 from dist_attn_kernels.dense_cuda import CudaBackend, CudnnBackend, FlashBackend
+from dist_attn_kernels.dense_flash4 import Flash4Backend
 from dist_attn_kernels.segments import Backend, PerSegment, Saved, Segments, bhld
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "CpuFlashBackend",
     "CudaBackend",
     "CudnnBackend",
+    "Flash4Backend",
     "FlashBackend",
     "ReferenceBackend",
     "Saved",
@@ -136,7 +138,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     refused: dict[str, str] = {}
     table: list[tuple[str, Callable[[], str | None], Callable[[], Backend]]] = [
         ("cuda", lambda: _refuse_flash(device, dtype, head_dim),
-         lambda: CudaBackend(_refuse_on_cuda(device, head_dim))),
+         lambda: _cuda_backend(device, dtype, head_dim)),
         ("cpu_flash", lambda: _refuse_cpu_flash(device, dtype),
          lambda: CpuFlashBackend(cpu_kernel_groups_heads())),
     ]  # fmt: skip
@@ -170,8 +172,16 @@ def _refuse_cudnn(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
-def _refuse_on_cuda(device: torch.device, head_dim: int) -> dict[str, str]:
+def _cuda_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> CudaBackend:
+    refused = _refuse_on_cuda(device, dtype, head_dim)
+    found = dense_flash4.find_interface() if "flash4" not in refused else ""
+    flash4 = None if isinstance(found, str) else Flash4Backend(found, device, dtype, head_dim)
+    return CudaBackend(refused, flash4)
+
+
+def _refuse_on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     reasons = {
+        "flash4": dense_flash4.refuse(device, dtype, head_dim),
         "block_sparse": _refuse_lists(device, head_dim),
         "cudnn": _refuse_cudnn(device, head_dim),
     }

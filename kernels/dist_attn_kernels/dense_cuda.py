@@ -1,4 +1,4 @@
-"""Dense backends on CUDA devices: cuDNN, packed flash attention, and the choice among them."""
+"""Dense backends on CUDA devices: cuDNN, packed flash attention, and the choice among all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from dist_attn_kernels.dense_flash4 import Flash4Backend
 from dist_attn_kernels.dense_lists import ListsBackend
 from dist_attn_kernels.segments import (
     Backend,
@@ -100,16 +101,18 @@ class FlashBackend:
 
 
 class CudaBackend:
-    """Chooses per call: block-sparse kernels, cuDNN for long segments, flash attention.
+    """Chooses per call: flash-attn-4, block-sparse kernels, cuDNN for long segments, torch's flash.
 
-    The first two are up to twice as fast on Hopper, but want lists built for every new call and
+    Where flash-attn-4 is installed it takes every call but deterministic backwards. Of the others
+    the first two are up to twice as fast on Hopper, but want lists built for every new call and
     plans for every new shape. So flash attention takes a call or a shape until it has lost about as
     much time as that takes, and the others from then on: at worst twice as slow as knowing
     beforehand. Where several would do, the block-sparse kernels go first: they take all segments
     at once, and their gradients repeat bit by bit. cuDNN is ahead in the backward of long segments.
 
     Args:
-        refused: why the backends "block_sparse" and "cudnn" are never used, by name.
+        refused: why the backends "flash4", "block_sparse" and "cudnn" are never used, by name.
+        flash4: flash-attn-4, or None where it is refused.
     """
 
     name = "cuda"
@@ -129,8 +132,9 @@ class CudaBackend:
     #: Shapes that are remembered.
     max_shapes = 4096
 
-    def __init__(self, refused: Mapping[str, str]) -> None:
+    def __init__(self, refused: Mapping[str, str], flash4: Flash4Backend | None = None) -> None:
         self.refused = dict(refused)
+        self.flash4 = flash4
         self.lists, self.cudnn, self.flash = ListsBackend(), CudnnBackend(), FlashBackend()
         self._scores: dict[tuple[int, bool], dict[tuple[int, int], int]] = {}
 
@@ -138,6 +142,9 @@ class CudaBackend:
         self, q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, segments: Segments, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
+        if self.why_not_flash4(segments, q_LHD.shape[1] // k_LKD.shape[1]) is None:
+            assert self.flash4 is not None
+            return self.flash4.forward(q_LHD, k_LKD, v_LKD, segments, softmax_scale)
         parts = [
             backend.forward(q_LHD[q], k_LKD[k], v_LKD[k], run, softmax_scale)
             for backend, run, q, k in self._runs(segments, q_LHD.shape[1], False)
@@ -149,6 +156,10 @@ class CudaBackend:
         self, saved: Saved, segments: Segments, softmax_scale: float, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend`."""
+        group = saved.q.shape[1] // saved.k.shape[1]
+        if not deterministic and self.why_not_flash4(segments, group) is None:
+            assert self.flash4 is not None
+            return self.flash4.backward(saved, segments, softmax_scale, deterministic)
         parts = [
             backend.backward(saved.segment(q, k), run, softmax_scale, deterministic)
             for backend, run, q, k in self._backward_runs(segments, saved.q.shape[1], deterministic)
@@ -166,6 +177,15 @@ class CudaBackend:
                 whole = slice(0, segments.cu_q[-1]), slice(0, segments.cu_k[-1])
                 return [(self.cudnn, segments, *whole)]
         return self._runs(segments, num_heads, deterministic)
+
+    def why_not_flash4(self, segments: Segments, group: int) -> str | None:
+        """Say why flash-attn-4 does not take a call of `group` query heads a key head, or None."""
+        if self.flash4 is None:
+            return self.refused.get("flash4", "flash-attn-4 was not looked for")
+        active = active_flash()
+        if active is not None:
+            return f"the user put {active} under torch's flash attention"
+        return self.flash4.why_not(segments, group)
 
     def why_not_lists(self, segments: Segments, num_heads: int) -> str | None:
         """Say why the block-sparse kernels do not take a call now, or None if they do."""

@@ -1,6 +1,7 @@
 """Every strategy, layout and number of ranks gives the attention of one process."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,17 +26,22 @@ from tests.attention_cases import (
     together,
     world_group,
 )
-from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
+from tests.mask_zoo import CU, NUM_HEADS, SEQ_LEN, zoo
 from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
-STRATEGIES = ["ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather"]
+KINDS = ("ring", "gather", "ulysses")
+TWO_LEVELS = [f"{inner}+{outer}" for inner in KINDS for outer in KINDS]
+OFTEN_USED = ["ring+ring", "ulysses+ring", "ulysses+gather"]
+STRATEGIES = ["ring", "gather", "ulysses", *OFTEN_USED]
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "placed", "scattered"]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
 
-def check(case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int) -> None:
-    parts = run_ranks(attend, cp_size, case, mask_name, layout_kind, strategy)
+def check(
+    case: Case, mask_name: str, layout_kind: str, strategy: str, cp_size: int, **kwargs: Any
+) -> None:
+    parts = run_ranks(attend, cp_size, case, mask_name, layout_kind, strategy, **kwargs)
     whole = together(parts, case)
     allowed = dense_mask(mask_of(mask_name, case), case)
     assert_as_good_as_torch(whole, case, allowed)
@@ -52,6 +58,22 @@ def test_causal_documents(strategy, layout_kind, cp_size):
     check(ODD, "causal documents", layout_kind, strategy, cp_size)
 
 
+@pytest.mark.parametrize("layout_kind", ["zigzag", "scattered"])
+@pytest.mark.parametrize("strategy", [s for s in TWO_LEVELS if s not in OFTEN_USED])
+def test_causal_documents_in_two_levels(strategy, layout_kind):
+    check(ODD, "causal documents", layout_kind, strategy, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout_kind", ["contiguous", "zigzag", "scattered"])
+@pytest.mark.parametrize("strategy", TWO_LEVELS)
+@pytest.mark.parametrize("mask_name", ["causal documents", "s2 and a dense head"])
+def test_nodes_of_two_and_of_three(mask_name, strategy, layout_kind):
+    case = Case(tuple(np.diff(CU).tolist()), num_heads=NUM_HEADS, num_kv_heads=2)
+    for inner_size in (2, 3):
+        check(case, mask_name, layout_kind, strategy, 6, inner_size=inner_size)
+
+
 @pytest.mark.parametrize("mask_name", ["full", "causal", "documents"])
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_masks(strategy, mask_name):
@@ -65,7 +87,7 @@ def test_masks_of_the_field(strategy, mask_name):
 
 
 @pytest.mark.parametrize("mask_name", ["s2 and a dense head", "shared question", "listed blocks"])
-@pytest.mark.parametrize("strategy", ["ring+ring", "ulysses+ring", "ulysses+gather"])
+@pytest.mark.parametrize("strategy", TWO_LEVELS)
 def test_masks_in_two_levels(strategy, mask_name):
     check(ZOO_CASE, mask_name, "zigzag", strategy, 4)
 
@@ -94,7 +116,7 @@ def test_scores_up_to_1e4(strategy, mask_name, dtype):
     check(case, mask_name, "zigzag", strategy, 3)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring"])
+@pytest.mark.parametrize("strategy", ["ulysses", "ulysses+ring", "ulysses+ulysses", "ring+ulysses"])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 1), (6, 2), (6, 6), (5, 5), (2, 1), (8, 4)])
 def test_head_counts_that_do_not_divide(heads, strategy):
     case = Case((13, 20), num_heads=heads[0], num_kv_heads=heads[1])
@@ -113,11 +135,23 @@ def test_gradients_may_travel_in_16_bits(strategy):
     args = (attend, 4, case, "causal documents", "zigzag", strategy)
     wide = run_ranks(*args, gradient_dtype=torch.float32)
     narrow = run_ranks(*args, gradient_dtype=torch.bfloat16)
+    by_default = run_ranks(*args)
     for a, b in zip(wide, narrow, strict=True):
         assert torch.equal(a["out"], b["out"])
         assert torch.equal(a["dq"], b["dq"])
         if strategy != "ulysses":
             assert a["all_bytes"]["dkv"] == 2 * b["all_bytes"]["dkv"]
+    # What one kernel call returned is rounded already, so nothing is lost in its own type; sums of
+    # several ranks travel in float32.
+    for a, b, c in zip(wide, narrow, by_default, strict=True):
+        assert torch.equal(a["dk"], c["dk"])
+        assert torch.equal(a["dv"], c["dv"])
+        if strategy == "gather":
+            assert c["all_bytes"] == b["all_bytes"]
+        elif strategy == "ulysses":
+            assert c["all_bytes"] == a["all_bytes"]
+        else:
+            assert b["all_bytes"]["dkv"] <= c["all_bytes"]["dkv"] <= a["all_bytes"]["dkv"]
     allowed = dense_mask(mask_of("causal documents", case), case)
     assert_as_good_as_torch(together(wide, case), case, allowed)
     want, got = exact(case, allowed), together(narrow, case)
@@ -167,6 +201,42 @@ def test_a_double_ring_crosses_nodes_once_a_round():
         assert part["forward_bytes"] == {"kv": 2 * kv_bytes, "kv_between_nodes": kv_bytes}
         # Home from each node, and one hop inside the other node.
         assert part["all_bytes"]["dkv"] == 3 * kv_bytes
+
+
+def test_gather_between_nodes_brings_a_key_to_a_node_once():
+    case = Case((64,))
+    parts = run_ranks(attend, 4, case, "causal", "contiguous", "gather+gather")
+    a_block = 2 * 16 * case.num_kv_heads * case.head_dim * 4
+    # The second node needs both blocks of the first one, each rank the one at its own place.
+    between = [part["forward_bytes"].get("kv_between_nodes", 0) for part in parts]
+    assert between == [a_block, a_block, 0, 0]
+    # Inside: to the neighbour of the own block what it sees; of the visitors to each other.
+    assert [p["forward_bytes"].get("kv", 0) for p in parts] == [a_block, 0, 2 * a_block, a_block]
+    home = [part["all_bytes"].get("dkv_between_nodes", 0) for part in parts]
+    assert home == [0, 0, a_block, a_block]
+    plain = run_ranks(attend, 4, case, "causal", "contiguous", "gather")
+    # Each rank of the second node would fetch the first one's blocks itself.
+    assert [p["forward_bytes"].get("kv", 0) for p in plain] == [
+        3 * a_block,
+        2 * a_block,
+        a_block,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["ring+gather", "gather+gather"])
+@pytest.mark.parametrize("mask_name", ["s2", "causal window"])
+def test_what_crosses_between_nodes_is_what_the_mask_needs(mask_name, strategy):
+    parts = run_ranks(attend, 4, ZOO_CASE, mask_name, "zigzag", strategy)
+    mask = mask_of(mask_name, ZOO_CASE)
+    heads = np.stack([mask.materialize(SEQ_LEN, h) for h in range(NUM_HEADS)])
+    by_kv_head = heads.reshape(2, 2, SEQ_LEN, SEQ_LEN).any(axis=1)
+    for holding, part in enumerate(parts):
+        k, others = part["positions"].numpy(), [2, 3] if holding < 2 else [0, 1]
+        q = np.concatenate([parts[r]["positions"].numpy() for r in others])
+        needed = int(by_kv_head[:, q][:, :, k].any(axis=1).sum())
+        sent = part["forward_bytes"].get("kv_between_nodes", 0)
+        assert sent == needed * 2 * ZOO_CASE.head_dim * 4
 
 
 def test_ring_sends_nothing_between_documents_on_single_ranks():

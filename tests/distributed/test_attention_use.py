@@ -20,6 +20,8 @@ from tests.ranks import run_ranks
 
 ZOO_CASE = Case((SEQ_LEN,), num_heads=NUM_HEADS, num_kv_heads=2)
 STRATEGIES = ["ring", "gather", "ulysses", "ring+ring", "ulysses+ring", "ulysses+gather"]
+RARER = [f"{inner}+gather" for inner in ("ring", "gather")] + ["gather+ring"]
+RARER += [f"{inner}+ulysses" for inner in ("ring", "gather", "ulysses")]
 ODD = Case((7, 0, 1, 41, 18, 1, 1, 30))
 
 
@@ -64,7 +66,9 @@ def attend_twice_with_checkpoint(case: Case, mask_name: str, strategy: str) -> f
 
 
 @pytest.mark.parametrize("mask_name", ["causal documents", "s2 and a dense head"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES, *(pytest.param(s, marks=pytest.mark.slow) for s in RARER)]
+)
 def test_twice_in_a_graph_and_under_checkpointing(strategy, mask_name):
     case = ODD if mask_name == "causal documents" else ZOO_CASE
     cp_size = 4 if "+" in strategy else 3

@@ -13,8 +13,8 @@ from dist_attn.config import Config, load_config
 from dist_attn.errors import ConfigError
 from dist_attn.planner.calibration import Calibration
 from dist_attn.planner.cluster import local_cluster
-from dist_attn.planner.command import cost_model
 from dist_attn.planner.costs import GroupKind
+from dist_attn.planner.fitting import cost_model
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.calibrate import Extent, measure
 from dist_attn.training.calibrate_links import group_sets

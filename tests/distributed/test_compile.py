@@ -63,9 +63,11 @@ def compile_and_compare(strategy: str, windowed: bool) -> int:
     ("strategy", "cp_size", "windowed"),
     [
         ("local", 1, False),
-        ("ring", 2, False),
+        pytest.param("ring", 2, False, marks=pytest.mark.slow),
         pytest.param("ulysses", 2, True, marks=pytest.mark.slow),
         ("ulysses+ring", 4, False),
+        pytest.param("ulysses+ulysses", 4, True, marks=pytest.mark.slow),
+        pytest.param("ring+gather", 4, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_layer(strategy, cp_size, windowed):

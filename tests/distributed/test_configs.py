@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dist_attn.config import load_config
-from dist_attn.planner.command import described_cluster
-from dist_attn.planner.fitting import planning_problem_of
+from dist_attn.planner.fitting import described_cluster, planning_problem_of
 from tests.distributed.test_refusals import attempt
 from tests.e2e.command import ROOT, losses, small_config
 from tests.ranks import run_ranks

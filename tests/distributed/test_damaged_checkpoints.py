@@ -20,7 +20,7 @@ from tests.e2e.command import losses, small_config
 from tests.ranks import run_ranks
 
 OVERRIDES = [
-    "planner.max_tokens_per_device=256", "logging.tensorboard=false", "run.steps=10",
+    "planner.max_tokens_per_device=256", "run.steps=10",
     "checkpoint={every_steps: 3, keep: 9, at_end: false}",
 ]  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.planner import solver_process
 from dist_attn.planner.plan import Plan
 from dist_attn.training.run_folder import read_metrics
-from tests.e2e.command import losses, small_config
+from tests.e2e.command import QUICKSTART, losses, small_config
 from tests.faults import OVERRIDES, at_step, listening, training
 from tests.ranks import run_ranks
 
@@ -63,6 +65,29 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
     assert run_ranks(training, 2, config, long, "latest") == ["done"] * 2
     assert run_ranks(training, 2, config, [*long, f"run.dir={tmp_path / 'whole'}"]) == ["done"] * 2
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_disk_that_really_is_full(tmp_path: Path, curve: list[float]) -> None:
+    config, run = str(small_config(tmp_path)), tmp_path / "run"
+    run.mkdir()
+    # Room for one checkpoint of 450 KB and what lies beside it.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(run)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        ends = run_ranks(training, 2, config, OVERRIDES)
+        assert ends[0] == ends[1]
+        assert "cannot write checkpoint" in ends[0]
+        assert "step-000006" in ends[0]
+        assert "No space left on device" in ends[0]
+        names = sorted(p.name for p in (run / "checkpoints").iterdir())
+        assert names == ["latest", "step-000003"]
+        subprocess.run(["mount", "-o", "remount,size=10m", str(run)], check=True)
+        assert run_ranks(training, 2, config, OVERRIDES, "latest") == ["done"] * 2
+        assert losses(run) == curve
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
 
 
 def training_until_nothing_can_be_recorded(config: str, overrides: list[str]) -> str:
@@ -197,6 +222,8 @@ def training_and_counting(config: str, overrides: list[str], every: int) -> list
         ensure(self, sets)  # type: ignore[arg-type]
         calls[0] += 1
         if calls[0] % every == 0:
+            # Pictures leave cycles behind; what nobody holds is no growth.
+            gc.collect()
             kib = process.memory_info().rss // 1024
             counts.append((kib, process.num_fds(), process.num_threads(), len(self)))
 
@@ -207,21 +234,31 @@ def training_and_counting(config: str, overrides: list[str], every: int) -> list
     return counts
 
 
+#: The quickstart with documents and ranks of a quarter of its size.
+QUARTER = [
+    "run.steps=2000", "data.batch.tokens=2048", "data.max_document_tokens=1024",
+    "planner.max_tokens_per_device=384", "planner.degrees=all", "checkpoint.every_steps=100",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_thousand_steps_grow_nothing(tmp_path: Path) -> None:
-    config = str(small_config(tmp_path))
-    long = ["logging.tensorboard=true", "run.steps=2000", "checkpoint.every_steps=100"]
-    ranks = run_ranks(training_and_counting, 4, config, long, 100, fresh=True, timeout_s=1500)
+@pytest.mark.timeout(5400)
+def test_two_thousand_steps_of_the_quickstart_grow_nothing(tmp_path: Path) -> None:
+    config, run, every = str(QUICKSTART), tmp_path / "run", 100
+    here = [*QUARTER, f"run.dir={run}", f"data.cache_dir={tmp_path / 'cache'}"]
+    ranks = run_ranks(training_and_counting, 4, config, here, every, fresh=True, timeout_s=5000)
     text = "KiB, open files, threads, groups; rank by rank\n" + "\n".join(map(str, ranks))
     (tmp_path / "counts.txt").write_text(text)
-    for counts in ranks:
+    # Plans of all degrees.
+    kinds = {line["groups"] for line in read_metrics(run / "metrics.jsonl")}
+    assert len(kinds) > 20
+    for rank, counts in enumerate(ranks):
         quarter = len(counts) // 4
         early, late = counts[quarter : 2 * quarter], counts[-quarter:]
-        # Rank 0 climbs by some 40 MiB of pictures between two garbage collections: highs count.
         kib = [max(c[0] for c in part) for part in (early, late)]
-        assert kib[1] - kib[0] < 20_000, text
+        # Rank 0 draws pictures, whose heap of tens of MiB is never quite the same.
+        assert kib[1] - kib[0] < (10_000 if rank else 40_000), text
         assert max(c[1] for c in late) <= max(c[1] for c in early) + 4, text
         assert max(c[2] for c in late) <= max(c[2] for c in early) + 2, text
-        # Four ranks have ten groups of two and three; the pool keeps 64.
-        assert max(c[3] for c in late) <= 10
+        # Four ranks have eleven groups of two, three and four; the pool keeps 64.
+        assert max(c[3] for c in late) <= 11

@@ -156,7 +156,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("degree", "model"),
     [
         (1, {}),
-        (2, {"gradient_checkpointing": True}),
+        (2, {"gradient_checkpointing": True, "mlp_tile_tokens": 90}),
         (2, {"tie_word_embeddings": True}),
     ],
 )

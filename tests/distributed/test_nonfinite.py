@@ -24,7 +24,7 @@ from tests.e2e.command import losses, small_config
 from tests.ranks import run_ranks
 
 OVERRIDES = [
-    "planner.max_tokens_per_device=256", "logging.tensorboard=false", "run.steps=6",
+    "planner.max_tokens_per_device=256", "run.steps=6",
     "checkpoint={every_steps: 1, keep: 20}",
 ]  # fmt: skip
 

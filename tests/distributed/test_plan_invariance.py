@@ -25,8 +25,8 @@ from dist_attn.integrations.hf import build_model
 from dist_attn.layout import shares_of_fractions
 from dist_attn.masks.layers import LayerRules
 from dist_attn.planner.cluster import local_cluster
-from dist_attn.planner.command import layer_rules_of
 from dist_attn.planner.cost import CostModel
+from dist_attn.planner.fitting import layer_rules_of
 from dist_attn.planner.free import plan_free
 from dist_attn.planner.plan import Group, MicroBatch, Plan, SolverReport
 from dist_attn.planner.shape import ModelShape
@@ -171,6 +171,17 @@ def make_step_plan(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
     return dataclasses.replace(make_plan(name, strategy, lengths), synchronisation="step")
 
 
+def plan_of_case(name: str, strategy: str, lengths: tuple[int, ...]) -> Plan:
+    """The plan that a case names, made on rank 0 as in a run. Collective: by all ranks."""
+    make = {"free": make_free_plan, "step": make_step_plan}.get(
+        name.split(maxsplit=1)[0], make_plan
+    )
+    box = [make(name, strategy, lengths) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    assert box[0] is not None
+    return box[0]
+
+
 def rules_of(config: Config) -> LayerRules | None:
     return layer_rules_of(config, ModelShape.from_config(config.model, 257))
 
@@ -227,8 +238,7 @@ def run_plans(
     found = {}
     for name, strategy in cases:
         wrong = _WrongWeight(engine, rank) if name == "control" else None
-        make = {"free": make_free_plan, "step": make_step_plan}.get(name.split()[0], make_plan)
-        plan = make("2+1+1" if wrong else name, strategy, lengths)
+        plan = plan_of_case("2+1+1" if wrong else name, strategy, lengths)
         if wrong:
             runner = StepRunner(wrong, corpus, config, runtime, pool, rules_of(config))
         result = runner.accumulate(plan, ids)
@@ -387,10 +397,26 @@ def test_two_levels_under_masks_of_layers(
     sparse = run_ranks(reference, 1, cache, masks)[0]
     two_levels = ["ulysses+ring", "ulysses+gather", "ring+ring"]
     attention = {"strategies": two_levels, "inner_degree": 2, "ring_layout": "balanced"}
-    args = (run_plans, 4, cache, 2, [("4", s) for s in two_levels], sparse, 64, "cpu", "fp32")
+    others = ["ring+gather", "gather+gather", "gather+ring"]
+    attention["strategies"] = [*two_levels, *others]
+    cases = [("4", s) for s in (*two_levels, *others)]
+    args = (run_plans, 4, cache, 2, cases, sparse, 64, "cpu", "fp32")
     assert_right(run_ranks(*args, masks, attention=attention, timeout_s=120))
     _, different = errors(expected[0], expected[1], sparse)
     assert different > 100 * GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
+def test_gradients_travel_in_the_configured_type(
+    cache: str, expected: tuple[float, dict[str, Tensor]]
+) -> None:
+    """Rounded to bf16 on their way they differ by more than in float32; the loss does not."""
+    args = (run_plans, 4, cache, 2, [("4", "ring")], expected, 1, "cpu", "fp32")
+    found = run_ranks(*args, attention={"gradient_dtype": "bfloat16"}, timeout_s=120)
+    for by_case in found:
+        loss_error, gradient_error = by_case["4", "ring"]
+        assert loss_error <= LOSS_TOLERANCE
+        assert GRADIENT_TOLERANCE < gradient_error < 100 * GRADIENT_TOLERANCE
 
 
 def test_the_reference_separates_documents(cache: str) -> None:

@@ -116,8 +116,7 @@ def test_runs_that_save_memory_learn_alike(tmp_path: Path, engine: str) -> None:
     more = [f"engine={engine}", "run.steps=5", "checkpoint.at_end=false"]
     sizes = ["hidden_size: 32", "intermediate_size: 64"]
     saving = [*sizes, "gradient_checkpointing: true", "offload_checkpoints: true"]
-    if "megatron" not in engine:
-        saving.append("mlp_tile_tokens: 40")
+    saving.append("mlp_tile_tokens: 40")
     found = {}
     for name, model in {"plain": sizes, "saving": saving}.items():
         settings = [*more, f"run.dir={tmp_path / name}", f"model={{{', '.join(model)}}}"]

@@ -25,7 +25,11 @@ from tests.ranks import run_ranks
 OVERRIDES = [
     "planner={mode: static, static_degree: 3, max_tokens_per_device: 400}", "run.steps=6",
     "attention.strategies=[ring]", "run.slow_rank_factor=2", "run.slow_rank_steps=3",
+    "logging.tensorboard=true",
 ]  # fmt: skip
+
+#: Far more than an exchange takes where others use the processors too.
+LATE_S = 0.05
 
 
 def training(config: str, overrides: list[str], slow: int | None) -> tuple[list[str], float]:
@@ -37,7 +41,7 @@ def training(config: str, overrides: list[str], slow: int | None) -> tuple[list[
     waited = [0.0]
 
     def late(self: _MessageExchange) -> None:
-        time.sleep(0.015 if rank == slow else 0.0)
+        time.sleep(LATE_S if rank == slow else 0.0)
         start(self)
 
     def counted(self: StepRunner, *args: object) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dist_attn.training.stop import StopRequest
 from tests.e2e.command import losses, small_config
 from tests.ranks import run_ranks
 
-OVERRIDES = ["planner.max_tokens_per_device=256", "logging.tensorboard=false"]
+OVERRIDES = ["planner.max_tokens_per_device=256"]
 
 
 def training(

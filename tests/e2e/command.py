@@ -27,7 +27,7 @@ planner: {max_tokens_per_device: 128}
 engine: {zero_stage: 2}
 optimizer: {lr: 0.01}
 checkpoint: {every_steps: 4, keep: 3}
-logging: {plan_picture_every_steps: 6}
+logging: {tensorboard: false}
 """
 
 
@@ -67,7 +67,13 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def run(*arguments: str | Path, timeout_s: float = 200.0) -> subprocess.CompletedProcess[str]:
     """Run a command of `dist-attn` to its end."""
-    process = start(*arguments)
+    return finish(start(*arguments), timeout_s)
+
+
+def finish(
+    process: subprocess.Popen[str], timeout_s: float = 200.0
+) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a command that was started."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -82,7 +88,7 @@ def run(*arguments: str | Path, timeout_s: float = 200.0) -> subprocess.Complete
 def wait_for_steps(process: subprocess.Popen[str], run_folder: Path, steps: int) -> None:
     """Return as soon as a run that was started has recorded so many steps."""
     metrics = run_folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not metrics.is_file() or metrics.read_text().count("\n") < steps:
         assert time.monotonic() < deadline, "the steps never came"
         assert process.poll() is None, process.communicate()

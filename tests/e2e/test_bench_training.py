@@ -23,7 +23,7 @@ def test_every_case_gives_a_row(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "bench_training.py"), *arguments],
         env=environment() | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "failed" not in done.stdout

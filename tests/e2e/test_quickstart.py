@@ -9,25 +9,31 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_attn.training.run_folder import read_metrics
-from tests.e2e.command import QUICKSTART, losses, run, start
+from tests.e2e.command import QUICKSTART, finish, losses, start
+from tests.faults import training
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """The quickstart on four ranks, and beside it one process that holds every document whole."""
+    """The quickstart on four ranks, and beside it one process that holds every document whole.
+
+    The four are the command itself; the one does the same without a launcher.
+    """
     folder = tmp_path_factory.mktemp("quickstart")
     cache = f"data.cache_dir={folder / 'cache'}"
     four, one = folder / "four", folder / "one"
-    alone = start(
-        "train", "--cfg", QUICKSTART, "--nproc-per-node", "1", "--set", f"run.dir={one}",
-        "--set", f"data.cache_dir={folder / 'cache-one'}", "--set", "engine.zero_stage=0",
-        "--set", "planner.max_tokens_per_device=null", "--set", "logging.tensorboard=false",
-        "--set", "checkpoint={every_steps: 0, at_end: false}",
-    )  # fmt: skip
-    done = run("train", "--cfg", QUICKSTART, "--set", f"run.dir={four}", "--set", cache)
-    out, err = alone.communicate(timeout=200)
+    command = start("train", "--cfg", QUICKSTART, "--set", f"run.dir={four}", "--set", cache)
+    alone = [
+        f"run.dir={one}", f"data.cache_dir={folder / 'cache-one'}", "engine.zero_stage=0",
+        "planner.max_tokens_per_device=null", "logging.tensorboard=false",
+        "checkpoint={every_steps: 0, at_end: false}",
+    ]  # fmt: skip
+    try:
+        assert run_ranks(training, 1, str(QUICKSTART), alone, timeout_s=200) == ["done"]
+    finally:
+        done = finish(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert alone.returncode == 0, out[-2000:] + err[-2000:]
     return four, one, done.stdout
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.e2e.command import losses, run, small_config, start, wait_for_steps
 
-pytestmark = pytest.mark.slow
+#: Four launches, one after another.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_stop_signals_to_the_launcher_end_in_a_checkpoint_and_exit_code_75(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_stop_signals_to_the_launcher_end_in_a_checkpoint_and_exit_code_75(tmp_p
         process = start(*command)
         wait_for_steps(process, tmp_path / "run", steps)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
         assert process.returncode == 75, err[-3000:]
         assert f"stopped by {number.name}" in err
         assert "Traceback" not in err

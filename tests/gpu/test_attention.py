@@ -6,12 +6,16 @@ import torch
 
 from dist_attn.attention import attention
 from dist_attn.attention.accumulate import Rows, SoftmaxSum
+from dist_attn.config_masks import LayerMaskConfig
 from dist_attn.groups import single_rank_group
 from dist_attn.layout import make_layout
 from dist_attn.masks import BlockList, Causal, Documents, Mask, Predicate, Window, patterns
+from dist_attn.masks.layers import document_mask
+from dist_attn_kernels import dense_flash4
 from dist_attn_kernels.dense import (
     CudaBackend,
     CudnnBackend,
+    Flash4Backend,
     FlashBackend,
     Saved,
     Segments,
@@ -77,6 +81,10 @@ def long_masks() -> dict[str, Mask]:
         "window and sinks": patterns.sliding_window(300, 5),
         "documents and window": patterns.causal_documents(cu) & Window(200, 0),
         "s2": patterns.s2(1500, 64, 3, 4, 8),
+        # Shifted between key/value heads, whose lists serve all heads that read them.
+        "s2 of a layer": document_mask(
+            LayerMaskConfig(kind="s2", block_tokens=64, local_blocks=2, stride_blocks=4), cu, 8, 2
+        ),
         "s2, a dense head": patterns.s2(1500, 64, 3, 4, 8, dense_heads=[3]) & Documents(cu),
         "power of two": patterns.power_of_two(1500, 64, 2),
         "shifted groups and sinks": patterns.shifted_groups(1500, 400, 8, 3),
@@ -109,6 +117,14 @@ def test_block_sparse_masks(name, head_dim):
     attend_locally(torch.bfloat16, head_dim, long_masks()[name])
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ring+gather", "gather+ring", "gather+gather", "ring+ulysses", "ulysses+ulysses"]
+)
+def test_two_levels_on_four_ranks(strategy):
+    case = Case((SEQ_LEN,), NUM_HEADS, 2, 64, torch.bfloat16)
+    check(case, strategy, 4, "s2 and a dense head")
+
+
 @pytest.mark.parametrize("mask_name", ["s2 and a dense head", "prefix lm documents", "predicate"])
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_block_sparse_masks_on_ranks(strategy, mask_name):
@@ -122,12 +138,23 @@ def test_float32_is_computed_by_the_reference():
     check(Case(SHORT, 4, 2, 64), "ring", 2)
 
 
+def flash4(head_dim: int) -> Flash4Backend:
+    found = dense_flash4.find_interface()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return Flash4Backend(found, torch.device("cuda"), torch.bfloat16, head_dim)
+
+
 @pytest.mark.parametrize(
-    "backend", [CudnnBackend(), FlashBackend(), ListsBackend()], ids=lambda b: b.name
+    "backend",
+    [CudnnBackend(), FlashBackend(), ListsBackend(), "flash4"],
+    ids=["cudnn", "flash", "lists", "flash4"],
 )
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_a_backend_obeys_a_foreign_normaliser(backend, kv_heads):
     """Keys in two calls, merged; the backward of each call with out and lse of both."""
+    if backend == "flash4":
+        backend = flash4(128)
     case = Case((1100,), 8, kv_heads, 128, torch.bfloat16)
     x = {n: t.cuda() for n, t in case.tensors().items()}
     scale, split, end = 128**-0.5, 700, 1100
@@ -156,6 +183,23 @@ def test_a_backend_obeys_a_foreign_normaliser(backend, kv_heads):
         :split
     ].float().square().sum()
     assert ratio.item() == pytest.approx(0.3679, abs=0.01)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [SHORT, LONG, (2048,)])
+def test_documents_on_flash_attn_4(lengths, head_dim):
+    """It passes its trial, takes the call, and is as close to float64 as torch."""
+    case = Case(lengths, 8, 2, head_dim, torch.bfloat16)
+    x = {n: t.cuda() for n, t in case.tensors().items()}
+    chosen = CudaBackend({}, flash4(head_dim))
+    cu = tuple(case.cu_seqlens.tolist())
+    segments, scale = Segments(cu, cu, True), head_dim**-0.5
+    assert chosen.why_not_flash4(segments, 4) is None
+    out, lse = chosen.forward(x["q"], x["k"], x["v"], segments, scale)
+    saved = Saved(x["dout"], x["q"], x["k"], x["v"], out, lse)
+    dq, dk, dv = chosen.backward(saved, segments, scale, False)
+    got = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    assert_as_good_as_torch(got, case, dense_mask(mask_of("causal documents", case), case).cuda())
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

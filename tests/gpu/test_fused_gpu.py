@@ -31,7 +31,10 @@ def gradients(device: str, dtype: torch.dtype, **more: Any) -> tuple[float, list
     return loss.item(), [p.grad.double().cpu() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"mlp_tile_tokens": 100}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"gradient_checkpointing": True}, {"mlp_tile_tokens": 100}, {"loss": "liger"}],
+)
 def test_fused_kernels_are_as_right_as_torch(more: dict[str, Any]) -> None:
     pytest.importorskip("liger_kernel")
     exact = gradients("cpu", torch.float64)

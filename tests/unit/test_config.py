@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from dist_attn.config import Config, dump_config, load_cluster, load_config
+from dist_attn.config_device import describe_loss
 from dist_attn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +64,10 @@ def test_cluster_file_beside_the_configuration(tmp_path: Path) -> None:
         ("run: {steps: 0}", "run.steps: .*greater than 0, got int 0"),
         ("run: {steps: 1.5}", "run.steps: .*got float 1.5"),
         ("engine: {zero_stage: 4}", "engine.zero_stage: .*0, 1, 2 or 3, got int 4"),
-        ("attention: {strategies: [rings]}", "strategies.0: .*'ulysses.ring' or 'ulysses.gather'"),
+        (
+            "attention: {strategies: [rings]}",
+            "strategies.0: .*or 'ulysses.ulysses'",
+        ),
         ("attention: {inner_degree: 2}", "inner_degree 2 is for strategies in two levels"),
         ("attention: {inner_degree: 1}", "attention.inner_degree: .*greater than or equal to 2"),
         ("attention: {ring_layout: spiral}", "ring_layout: .*'striped' or 'contiguous'"),
@@ -116,3 +122,35 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_the_loss_is_liger_where_it_can_be_had() -> None:
+    def decided(device: str, installed: bool, **more: Any) -> tuple[str, str]:
+        found = None if not installed else object()
+        with mock.patch("dist_attn.config_device.find_spec", return_value=found):
+            config = Config(**{"engine": {}, **more}).on(device)
+            return config.model.loss, describe_loss(config.model, config.engine, device)
+
+    megatron = {"name": "megatron"}
+    two = {"name": "megatron", "tensor_parallel_degree": 2}
+    assert decided("cuda", True)[0] == "liger"
+    assert decided("cuda", True, engine=megatron)[0] == "liger"
+    for device, installed, engine, why in (
+        ("cpu", True, {}, "run on GPUs, not on cpu"),
+        ("cuda", False, {}, "pip install liger-kernel"),
+        ("cuda", True, two, "tensor_parallel_degree 2"),
+    ):
+        loss, said = decided(device, installed, engine=engine)
+        assert loss == "torch"
+        assert why in said
+    assert decided("cuda", True, model={"loss": "torch"}) == (
+        "torch", "loss: torch's operations, 1,024 tokens at a time (model.loss is 'torch')",
+    )  # fmt: skip
+    for model, engine, says in (
+        ({"loss": "liger"}, two, r"model.loss 'liger': .* lie on several ranks"),
+        ({"kernels": "liger"}, megatron, r"model.kernels 'liger': engine 'megatron' computes"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            Config(model=model, engine=engine).on("cuda")
+    # Planning elsewhere than where it is installed is no fault.
+    assert decided("cuda", False, model={"loss": "liger"})[0] == "liger"

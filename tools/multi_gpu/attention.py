@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from multi_gpu import peers
-from multi_gpu.timing import Clock, Report, seconds_of
+from multi_gpu.timing import Clock, Report, paired_seconds, warm_up
 from torch import Tensor
 
 from dist_attn.attention import attention
@@ -75,24 +75,41 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case's tensors, all of them on every rank, with one GPU's results and times."""
+    """A case's tensors, all of them on every rank, with one GPU's results.
+
+    Attributes:
+        whole: attention on one GPU.
+        operations: of forward and backward.
+    """
 
     case: Case
     mask: Mask
     cu_seqlens: np.ndarray
     inputs: dict[str, Tensor]
     results: dict[str, Tensor]
+    whole: Callable[[Tensor, Tensor, Tensor], Tensor]
     operations: int
-    ideal_s: tuple[float, float]
+
+
+#: What is measured unless something is asked for, the most telling first.
+DEFAULT_CASES = (
+    *(Case(name, 2**15, 32, 32) for name in ("causal", "documents")),
+    Case("causal", 2**15, 32, 8),
+    Case("causal", 2**17, 32, 32),
+    *(Case(name, 2**15, 32, 32) for name in ("full", "s2", "window")),
+    *(Case(name, 2**17, 32, 32) for name in ("documents", "s2", "window")),
+    Case("causal", 2**17, 32, 8),
+    *(Case(name, 2**18, 32, 32) for name in ("documents", "s2", "window", "causal")),
+    *(Case(name, 2**14, 32, 32) for name in ("causal", "documents")),
+    Case("full", 2**17, 32, 32),
+)
 
 
 def cases(tokens: list[int], masks: list[str], heads: list[str]) -> list[Case]:
-    """Every combination; the sparse masks with as many key/value heads as query heads."""
+    """Every combination."""
     found = []
     for seq_len, pair, name in itertools.product(tokens, heads, masks):
         num_heads, num_kv_heads = (int(x) for x in pair.split(":"))
-        if name == "full" and seq_len > 2**17:
-            continue  # a minute of one GPU for the comparison
         found.append(Case(name, seq_len, num_heads, num_kv_heads))
     return found
 
@@ -106,13 +123,12 @@ def group_of_all(copies: bool) -> CommGroup:
     return pool.get(ranks)
 
 
-def run(report: Report, clock: Clock, chosen: list[Case], methods: list[str]) -> None:
-    """Check and time every method on every case."""
+def run(
+    report: Report, clock: Clock, chosen: list[Case], methods: list[str], keep_s: float
+) -> None:
+    """Check and time every method on every case, and leave `keep_s` seconds of the clock."""
     for case in chosen:
-        scores = case.seq_len**2 * case.num_heads
-        # One GPU and each method, a few times, dense at 250 TFLOP/s each at the least.
-        guess = 4 + scores * DIM * 14 / 2 * 12 / 250e12
-        if not clock.allows(min(guess, 90)):
+        if not clock.allows(_guess_s(case, len(methods)), keep_s):
             report.note(f"attention {case} was left out: time was up")
             continue
         try:
@@ -124,6 +140,13 @@ def run(report: Report, clock: Clock, chosen: list[Case], methods: list[str]) ->
             _one(report, problem, name)
         del problem
         torch.cuda.empty_cache()
+
+
+def _guess_s(case: Case, num_methods: int) -> float:
+    """Seconds of a case: some for each method, or what its attention takes at 400 TFLOP/s."""
+    share = {"full": 1.0, "causal": 0.5}.get(case.mask_name, 0.1)
+    both_s = 14 * DIM * share * case.seq_len**2 * case.num_heads / 400e12
+    return 3 + num_methods * max(3.5, 7 * both_s)
 
 
 def _problem(case: Case) -> Problem:
@@ -144,7 +167,10 @@ def _problem(case: Case) -> Problem:
     results = _results(whole, inputs)
     _check_against_float64(mask, inputs, results["out"])
     operations = 14 * DIM * mask.total_area(case.seq_len, case.num_heads)
-    return Problem(case, mask, cu, inputs, results, operations, _times(whole, inputs))
+    problem = Problem(case, mask, cu, inputs, results, whole, operations)
+    for call in _calls(whole, inputs):
+        warm_up(call)
+    return problem
 
 
 def _results(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,20 +180,21 @@ def _results(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str
     return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
-def _times(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[float, float]:
-    """Seconds of the forward, and of forward and backward together."""
+def _calls(
+    call: Callable[..., Tensor], inputs: dict[str, Tensor]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The forward, and forward and backward together."""
     leaves = [inputs[n].detach().requires_grad_() for n in "qkv"]
+    without_grad = [inputs[n] for n in "qkv"]
 
     def forward() -> Any:
         with torch.no_grad():
-            return call(*inputs_without_grad)
+            return call(*without_grad)
 
     def both() -> Any:
         return torch.autograd.grad(call(*leaves), leaves, inputs["dout"])
 
-    inputs_without_grad = [inputs[n] for n in "qkv"]
-    # cuDNN takes a shape over only after flash attention has done it for a while.
-    return seconds_of(forward, warm_up=6), seconds_of(both, warm_up=6)
+    return forward, both
 
 
 def _check_against_float64(mask: Mask, inputs: dict[str, Tensor], out: Tensor) -> None:
@@ -239,19 +266,23 @@ def _one(report: Report, problem: Problem, name: str) -> None:
     if not float(error) < BOUND:
         report.add("Attention", **row, error=float(error), remark="WRONG, not timed")
         return
-    with scope():
-        forward_s, both_s = _times(call, inputs)
-    ideal_forward, ideal_both = (s / size for s in problem.ideal_s)
+    timed = []
+    for mine, ideal in zip(
+        _calls(call, inputs), _calls(problem.whole, problem.inputs), strict=True
+    ):
+        with scope():
+            timed.append(paired_seconds(mine, ideal, size))
+    forward, both = timed
+    operations = problem.operations / size / 1e12
     report.add(
         "Attention",
         **row,
         error=float(error),
-        forward_tflops=problem.operations * 2 / 7 / size / forward_s / 1e12,
-        both_tflops=problem.operations / size / both_s / 1e12,
-        forward_of_ideal=f"{ideal_forward / forward_s:.1%}",
-        both_of_ideal=f"{ideal_both / both_s:.1%}",
-        ideal=f"{problem.operations * 2 / 7 / problem.ideal_s[0] / 1e12:.0f} / "
-        f"{problem.operations / problem.ideal_s[1] / 1e12:.0f}",
+        forward_tflops=operations * 2 / 7 / forward.seconds,
+        both_tflops=operations / both.seconds,
+        forward_of_ideal=f"{forward.of_ideal:.1%}",
+        both_of_ideal=f"{both.of_ideal:.1%}",
+        ideal=f"{operations * 2 / 7 / forward.ideal_s:.0f} / {operations / both.ideal_s:.0f}",
         sent_mib=sent,
         peak_gib=peak,
     )

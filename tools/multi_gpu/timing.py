@@ -5,10 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+#: Calls, and seconds of them, before the first that counts: cuDNN takes a shape over from flash
+#: attention only when it has seen enough of it, which is some 40 calls at 32K tokens.
+WARM_UP = 6
+WARM_UP_S = 1.2
+#: Times that a call and its ideal are measured in turn.
+ROUNDS = 3
 
 
 class Clock:
@@ -28,9 +36,9 @@ class Clock:
         """Seconds left on this rank."""
         return self._budget_s - self.elapsed_s
 
-    def allows(self, seconds: float) -> bool:
-        """Whether so much is left on rank 0, which decides for all."""
-        answer = torch.tensor(float(self.left_s > seconds), device="cuda")
+    def allows(self, seconds: float, keep_s: float = 0.0) -> bool:
+        """Whether so much is left on rank 0, which decides for all, beside what is to be kept."""
+        answer = torch.tensor(float(self.left_s - keep_s > seconds), device="cuda")
         dist.broadcast(answer, 0)
         return bool(answer.item())
 
@@ -82,6 +90,54 @@ def seconds_of(
     once = _timed(call, 1)
     count = max(1, min(50, int(least_s / max(once, 1e-6))))
     return statistics.median(_timed(call, count) for _ in range(repeats))
+
+
+def warm_up(call: Callable[[], Any]) -> None:
+    """Call until everything that is chosen, planned or compiled on the way is.
+
+    Collective: by all ranks, which call equally often.
+    """
+    for _ in range(WARM_UP):
+        call()
+    for _ in range(min(200, round(WARM_UP_S / _timed(call, 1)))):
+        call()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Seconds of a call and of the ideal beside it, and how many times the ideal's seconds it is.
+
+    Attributes:
+        seconds: median over the rounds.
+        ideal_s: the ideal's, in the same rounds.
+        of_ideal: median of the rounds' own ratios, ideal over call.
+    """
+
+    seconds: float
+    ideal_s: float
+    of_ideal: float
+
+
+def paired_seconds(
+    call: Callable[[], Any], ideal: Callable[[], Any], share: int, *, least_s: float = 0.2
+) -> Paired:
+    """Time a call and, in turn with it, an ideal of `share` times the work.
+
+    A GPU under load changes its clock by a fifth within a second, by power and heat. So what is
+    compared is measured in turn, each for as long as the other one.
+
+    Collective: by all ranks.
+    """
+    warm_up(call)
+    once, once_ideal = _timed(call, 1), _timed(ideal, 1)
+    most = max(least_s, once, once_ideal)
+    count, count_ideal = (max(1, min(100, round(most / x))) for x in (once, once_ideal))
+    rounds = [(_timed(ideal, count_ideal), _timed(call, count)) for _ in range(ROUNDS)]
+    return Paired(
+        statistics.median(s for _, s in rounds),
+        statistics.median(i / share for i, _ in rounds),
+        statistics.median(i / share / s for i, s in rounds),
+    )
 
 
 def _timed(call: Callable[[], Any], count: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_attn.attention.accumulate import Rows, RowSum, SoftmaxSum, every_row
-from dist_attn_kernels import merge
+from dist_attn_kernels import join, merge
 
 L, H, D = 37, 3, 8
 RUN = Rows(np.array([[5, 30]]))
@@ -66,6 +66,27 @@ def test_the_gpu_kernel_merges_alike(rows: Rows, dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(total, want, rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(total_lse, want_lse, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, every_row(L), RUN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gpu_kernel_joins_alike(
+    rows: Rows | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "_BLOCK", 16)  # a row of 24 elements takes two programs
+    whole = part(every_row(L), 0, dtype)[0]
+    first, second = whole[:, :1].contiguous(), whole[:, 1:]
+    rest, start = None, 0
+    if rows is not None and rows.run is not None:
+        rest, start = part(rows, 1, torch.float32)[0], rows.run.start
+    got = torch.full_like(whole, torch.nan)
+    join._join_on_gpu(got, first, second, rest, start)
+    assert torch.equal(join.join_heads(first, second, rest, start), got)
+    want = whole.double()
+    if rest is not None:
+        want[start : start + len(rest)] += rest.double()
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -2,78 +2,118 @@
 
 import numpy as np
 import pytest
+import torch
 
-from dist_attn.attention import block_lists
-from dist_attn.attention.block_lists import Tables, list_tiles
-from dist_attn.masks import Causal, patterns
-from dist_attn_kernels.lists import BITS, BLOCK, FULL, INTERVAL
+from dist_attn.attention import partial_tiles
+from dist_attn.attention.block_lists import BlockSparse, list_runs
+from dist_attn.config_masks import LayerMaskConfig
+from dist_attn.masks import Causal, Mask, PerHead, Window, patterns
+from dist_attn.masks.layers import document_mask
+from dist_attn_kernels import rules
+from dist_attn_kernels.lists import BITS, INTERVAL
+from dist_attn_kernels.runs import TileRuns
+from tests.block_tables import walk_cols, walk_rows
 from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
 
 ZOO = zoo()
 RNG = np.random.default_rng(2)
 
 
-def dense_of(tables: Tables, head: int, num_q: int, num_k: int) -> np.ndarray:
-    """Walk the tables as the kernels do."""
-    allowed = np.zeros((num_q + BLOCK, num_k + BLOCK), dtype=bool)
-    mask_head = head if tables.per_head else 0
-    seen = set()
-    for h, row, key, kind in zip(*tables.tiles, strict=True):
-        if h != mask_head:
-            continue
-        assert (row, key) not in seen
-        seen.add((row, key))
-        q = np.arange(row * BLOCK, row * BLOCK + BLOCK)
-        k = np.arange(key * BLOCK, key * BLOCK + BLOCK)
-        if kind == FULL:
-            tile = np.ones((BLOCK, BLOCK), dtype=bool)
-        elif kind == INTERVAL:
-            table = tables.intervals[mask_head if len(tables.intervals) > 1 else 0]
-            bounds = table[:, np.minimum(q, num_q - 1)][:, :, None]
-            tile = (bounds[0] <= k) & (k < bounds[1])
-            if len(bounds) == 4:
-                tile |= (bounds[2] <= k) & (k < bounds[3])
-        else:
-            rows = tables.bits[kind - BITS].astype("<i4").view(np.uint8)
-            tile = np.unpackbits(rows, axis=1, bitorder="little").astype(bool)
-        allowed[row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK] = tile
-    if tables.intervals is not None:
-        assert not allowed[:, num_k:].any()
-    return allowed[:num_q, :num_k]
+def dense_of(runs: TileRuns | None, num_heads: int, shape: tuple[int, int]) -> np.ndarray:
+    """bool [heads, queries, keys] of every query head."""
+    if runs is None:
+        return np.zeros((num_heads, *shape), dtype=bool)
+    dense = rules.dense_mask(runs.tiles()).numpy()
+    return np.repeat(dense, num_heads // len(dense), axis=0)
+
+
+def check(mask: Mask, q: np.ndarray, k: np.ndarray, heads: range, num_kv_heads: int) -> None:
+    seq_len = max(q.max(), k.max()) + 1
+    want = np.stack([mask.materialize(seq_len, h)[np.ix_(q, k)] for h in heads])
+    runs = list_runs(mask, (q, k), heads, num_kv_heads)
+    np.testing.assert_array_equal(dense_of(runs, len(heads), want.shape[1:]), want)
+    lists = BlockSparse(mask, (q, k), heads, num_kv_heads, torch.device("cpu")).lists
+    if runs is None:
+        assert lists is None
+        return
+    for walk in (walk_rows, walk_cols):
+        for narrow in (False, True):
+            if narrow and lists.narrow is None:
+                continue
+            dense = walk(lists, narrow=narrow)
+            repeats = len(heads) // len(dense)
+            np.testing.assert_array_equal(np.repeat(dense, repeats, axis=0), want)
 
 
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_tables_say_what_the_mask_says(name, scattered):
-    mask = ZOO[name]
     q = k = np.arange(SEQ_LEN)
     if scattered:
         q, k = (np.sort(RNG.choice(SEQ_LEN, n, replace=False)) for n in (70, 81))
-    for heads in (range(NUM_HEADS), range(1, 3)):
-        tables = list_tiles(mask, (q, k), heads)
-        for i, head in enumerate(heads):
-            got = dense_of(tables, i, len(q), len(k))
-            np.testing.assert_array_equal(got, mask.materialize(SEQ_LEN, head)[np.ix_(q, k)])
+    for heads, num_kv_heads in ((range(NUM_HEADS), 2), (range(1, 3), 1)):
+        check(ZOO[name], q, k, heads, num_kv_heads)
+
+
+@pytest.mark.parametrize("block", [64, 48])
+def test_tables_of_sparse_layers_over_documents(block):
+    config = LayerMaskConfig(kind="s2", block_tokens=block, local_blocks=3, stride_blocks=3)
+    mask = document_mask(config, [0, 500, 533, 900], 8, 4)
+    for q, k in (
+        (np.arange(900), np.arange(900)),
+        (np.r_[0:200, 700:900], np.r_[200:440, 600:800]),
+    ):
+        check(mask, q, k, range(2, 6), 2)
 
 
 def test_nothing_to_see_gives_no_tables():
-    assert list_tiles(Causal(), (np.arange(10), np.arange(10, 20)), range(2)) is None
+    assert list_runs(Causal(), (np.arange(10), np.arange(10, 20)), range(2), 2) is None
 
 
-def test_tiles_of_equal_bits_share_them():
-    mask = patterns.s2(4096, 64, 4, 4, 2)
+def kinds_of(mask: Mask, seq_len: int, heads: range) -> np.ndarray:
+    positions = np.arange(seq_len)
+    return list_runs(mask, (positions, positions), heads, len(heads)).partial[3]
+
+
+def test_the_diagonal_of_a_thinned_mask_is_cut_by_intervals():
+    assert (kinds_of(patterns.s2(4096, 64, 4, 4, 2), 4096, range(2)) == INTERVAL).all()
+    # Blocks that begin inside tiles are cut by bits, alike in every row that does not cut them too.
+    shifted = document_mask(
+        LayerMaskConfig(kind="s2", block_tokens=64, local_blocks=2, stride_blocks=4),
+        [0, 32, 4128], 1, 1,
+    )  # fmt: skip
+    kinds = kinds_of(shifted, 4128, range(1))
+    assert (kinds >= BITS).sum() > 500
+    assert kinds.max() - BITS < 100
+
+
+def test_heads_of_one_pattern_share_their_tiles():
+    mask = patterns.s2(4096, 64, 4, 4, 16)
     positions = np.arange(4096)
-    tables = list_tiles(mask, (positions, positions), range(2))
-    assert len(tables.bits) == 2  # the diagonal's triangle, once per head
-    partial = tables.tiles[3] >= BITS
-    assert partial.sum() == 2 * 64
+    runs = list_runs(mask, (positions, positions), range(16), 16)
+    assert runs.num_heads == 4
+    assert runs.group_of.tolist() == [0, 1, 2, 3] * 4
+    by_kv = document_mask(
+        LayerMaskConfig(kind="s2", block_tokens=64, local_blocks=2, stride_blocks=4),
+        [0, 4096], 16, 8,
+    )  # fmt: skip
+    runs = list_runs(by_kv, (positions, positions), range(16), 8)
+    assert (runs.num_heads, runs.heads_per_kv, len(runs.group_of)) == (4, 1, 8)
+
+
+def test_tables_are_kept_apart_where_windows_differ():
+    mask = PerHead((Window(70, 0), Window(200, 0)))
+    runs = list_runs(mask, (np.arange(512),) * 2, range(2), 2)
+    assert runs.intervals.shape == (2, 2, 512)
+    same = list_runs(Window(70, 0), (np.arange(512),) * 2, range(2), 2)
+    assert same.intervals.shape == (1, 2, 512)
 
 
 @pytest.mark.parametrize("collide", [False, True])
 def test_different_rows_are_told_apart_even_if_their_hashes_are_not(collide, monkeypatch):
     if collide:
-        monkeypatch.setattr(block_lists, "_hash", lambda rows: np.zeros(len(rows), np.uint64))
-    rows = RNG.integers(0, 2, (50, 16)).astype(np.uint8)[RNG.integers(0, 9, 200)]
-    different, index = block_lists._different(rows)
+        monkeypatch.setattr(partial_tiles, "_hash", lambda rows: np.zeros(len(rows), np.uint64))
+    rows = RNG.integers(0, 2, (50, 16)).astype(np.uint64)[RNG.integers(0, 9, 200)]
+    different, index = partial_tiles.different(rows)
     np.testing.assert_array_equal(different[index], rows)
     assert len(different) == len(np.unique(rows, axis=0))

@@ -126,6 +126,7 @@ def test_choosing_takes_less_than_20_microseconds(with_lists):
 
     def choose():
         choose_backend(device, torch.bfloat16, 128)
+        assert cuda.why_not_flash4(segments, 4)
         return cuda._runs(segments, 32, False)
 
     assert choose()[0][0] is (cuda.lists if with_lists else cuda.flash)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from dist_attn.config import PlannerConfig
+from dist_attn.config_attention import Strategy
 from dist_attn.errors import PlanError
 from dist_attn.planner.check import check_plan
 from dist_attn.planner.cluster import Cluster, fingerprint
@@ -17,7 +19,7 @@ from dist_attn.planner.plan import Plan
 from dist_attn.planner.solve import plan
 from tests.unit.planner.conftest import make_cluster, make_shape
 
-TWO_LEVELS = ["ring+ring", "ulysses+gather", "ulysses+ring"]
+TWO_LEVELS = [s for s in get_args(Strategy) if "+" in s]
 
 
 @pytest.mark.parametrize("strategy", TWO_LEVELS)
@@ -43,6 +45,9 @@ def test_an_all_to_all_inside_nodes_needs_heads_for_one_node_only() -> None:
     few = CostModel.derive(make_shape(num_heads=4, num_kv_heads=2), cluster, 3, 8192)
     assert not few.allows(GroupKind(32, "ulysses+ring", crosses_nodes=True))
     assert few.allows(GroupKind(32, "ring+ring", crosses_nodes=True))
+    # Between the four nodes a head for each node is enough; in both levels one for each rank.
+    assert few.allows(GroupKind(32, "ring+ulysses", crosses_nodes=True))
+    assert not cost.allows(GroupKind(32, "ulysses+ulysses", crosses_nodes=True))
 
 
 def test_bytes_follow_from_the_exchanges(sixteen: tuple[Cluster, CostModel]) -> None:
@@ -61,6 +66,16 @@ def test_bytes_follow_from_the_exchanges(sixteen: tuple[Cluster, CostModel]) -> 
     inside = token * 2 * 4 * (2 * 2 + 4) * 2 * 7 / cost.intra_node.bytes_per_s
     between = token * 2 * 4 * (2 * 2 + 4) / cost.inter_node.bytes_per_s
     assert bare.communication_s(double, lengths)[0] == pytest.approx(max(inside, between))
+    # The other way round heads are traded between nodes, where nothing hides it either.
+    other = GroupKind(16, "ring+ulysses", crosses_nodes=True)
+    between = token * 2 * (16 + 4) * 2 * 2 * 1 / 2 / cost.inter_node.bytes_per_s
+    ring = token * 2 * 4 * (2 * 2 + 4) * 7 / cost.intra_node.bytes_per_s
+    assert bare.communication_s(other, lengths)[0] == pytest.approx(between + ring)
+    both = GroupKind(16, "ulysses+ulysses", crosses_nodes=True)
+    traded = token * 2 * (16 + 16) * 2 * 2
+    everything = traded * 7 / 8 / cost.intra_node.bytes_per_s
+    everything += traded * 1 / 2 / cost.inter_node.bytes_per_s
+    assert cost.communication_s(both, lengths)[0] == pytest.approx(everything)
     # A plain ring crosses the slow link at every step.
     plain = bare.communication_s(GroupKind(16, "ring", crosses_nodes=True), lengths)[0]
     assert bare.communication_s(double, lengths)[0] < 0.2 * plain

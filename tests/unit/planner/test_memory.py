@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dist_attn.config import Config, validate
-from dist_attn.planner.cluster import GIB, local_cluster
+from dist_attn.planner.cluster import GIB, Cluster, local_cluster
 from dist_attn.planner.cost import CostModel
 from dist_attn.planner.fitting import memory_of, planning_problem_of, smallest_change
 from dist_attn.planner.memory import MemoryModel, Sharding
@@ -76,6 +76,58 @@ def test_activations_by_hand() -> None:
     # Two inputs are on their way at a time, whatever the layers.
     found = MemoryModel.of(host, 1, Sharding(2)).moments[1].per_token[0][1]
     assert found == pytest.approx(2 * c + rest, abs=20)
+
+
+def test_megatrons_activations_by_hand() -> None:
+    """Counted in its modules: queries, keys and values as one before they are turned, sines and
+    cosines, and a second up projection, to which it adds an offset of nothing."""
+    c, q, kv, i = 2048 * 2, 16 * 128 * 2, 8 * 128 * 2, 5632 * 2
+    layer = 4 * c + 2 * q + 2 * kv + (q + kv) + 4 * 128 * 2 + 4 * 16
+    rest = 2 * 128 * 2 + 40
+    for tiles, mlp in ((None, 5 * i), (4096, 0)):
+        shape = shape_of(kernels="torch", mlp_tile_tokens=tiles)
+        found = MemoryModel.of(shape, 1, Sharding(1, engine="megatron"))
+        assert found.moments[1].per_token[0][1] == 20 * (layer + mlp) + rest
+
+
+def test_the_loss_by_hand() -> None:
+    """Logits of a chunk in float32, twice; Liger's are bf16, as many bytes as hidden states."""
+    shape = shape_of(kernels="torch", loss="torch", loss_chunk_tokens=4096)
+    constant, per_token = (dict(x) for x in _loss_moment(shape))
+    assert constant["loss"] == 6 * 2048 * 32000 + 2 * 4 * 4096 * 32000
+    assert per_token["loss"] == 3 * 2048 * 2
+    fused = shape_of(kernels="torch", loss="liger")
+    constant, per_token = (dict(x) for x in _loss_moment(fused))
+    assert constant["loss"] == 6 * 2048 * 32000
+    # 32,768 tokens: sixteen chunks of 2,048, so many as the vocabulary is wider than the model.
+    assert 2048 * 32000 * 2 <= 32768 * (per_token["loss"] - 3 * 2048 * 2) <= 2.1 * 2048 * 32000 * 2
+
+
+def _loss_moment(shape: ModelShape) -> tuple[Any, Any]:
+    moment = MemoryModel.of(shape, 1, Sharding(2)).moments[0]
+    assert moment.name == "the loss"
+    return moment.constant, moment.per_token
+
+
+def test_slots_for_other_gpus_by_hand() -> None:
+    """Two slots of each lane: keys and values in bf16, and twice their gradients in float32."""
+    shape, two = shape_of(), local_cluster(2, [H100] * 2, 2)
+
+    def slots(cluster: Cluster | None = two, **attention: Any) -> int:
+        config = config_of({}, attention=attention)
+        found = MemoryModel.of(shape, 2, Sharding.from_config(config, shape, cluster))
+        assert found.bytes_at(5) - found.bytes_at(4) >= found.slot_bytes_per_token
+        return found.slot_bytes_per_token
+
+    ring = 2 * (2 * 8 * 128) * (2 + 4 + 4)
+    traded = 2 * (16 + 2 * 8) * 128 * 4
+    assert slots(strategies=["ring"]) == slots(strategies=["gather"]) == ring
+    assert slots(strategies=["ulysses"]) == slots(strategies=["ulysses+ring"]) == traded
+    assert slots(strategies=["ring", "ulysses"]) == max(ring, traded)
+    assert slots(copy_engines=False) == 0
+    assert slots(None) == 0
+    assert slots(local_cluster(1, [H100], 1)) == slots(local_cluster(2, [H100] * 2, 1)) == 0
+    assert slots(local_cluster(2, ["cpu"] * 2, 2)) == 0
 
 
 def test_the_planner_and_the_statement_are_of_one_model() -> None:

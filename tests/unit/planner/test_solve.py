@@ -39,17 +39,33 @@ CLUSTERS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+BATCHES = given(
     lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=40),
     nodes=st.sampled_from(sorted(CLUSTERS)),
     degrees=st.sampled_from(["powers_of_two", "all"]),
     overhead=st.sampled_from([0.0, 0.01, 1.0]),
     data=st.data(),
 )
+FEW_DOCUMENTS = given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6))
+
+
+@settings(max_examples=25, deadline=None)
+@BATCHES
 def test_plans_are_sound_bounded_and_the_same_for_any_order(
     lengths, nodes, degrees, overhead, data
 ):
+    sound_bounded_and_the_same(lengths, nodes, degrees, overhead, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, deadline=None)
+@BATCHES
+def test_more_plans_are_sound(lengths, nodes, degrees, overhead, data):
+    sound_bounded_and_the_same(lengths, nodes, degrees, overhead, data)
+
+
+def sound_bounded_and_the_same(lengths, nodes, degrees, overhead, data):
+    """A plan that the check approves, also in JSON, and again for the same documents reordered."""
     cluster = make_cluster(*CLUSTERS[nodes], overhead_s=overhead)
     cost = CostModel.derive(make_shape(), cluster, 2, 3000)
     rules = PlannerConfig(degrees=degrees, time_limit_s=60.0)
@@ -64,9 +80,20 @@ def test_plans_are_sound_bounded_and_the_same_for_any_order(
     assert _shape_of(again) == _shape_of(found)
 
 
-@settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None)
+@FEW_DOCUMENTS
 def test_the_bound_is_below_the_true_optimum(lengths):
+    near_the_true_optimum(lengths)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@FEW_DOCUMENTS
+def test_more_bounds_are_below_the_true_optimum(lengths):
+    near_the_true_optimum(lengths)
+
+
+def near_the_true_optimum(lengths):
     """Every partition of a few documents over two ranks, against bound and plan."""
     cluster = make_cluster((1, 2, "cpu"))
     cost = CostModel.derive(make_shape(), cluster, 2, 600)

@@ -13,7 +13,7 @@ from dist_attn.planner.calibration import Calibration, Fit
 from dist_attn.training.preflight import Findings, Limits, Promise, judge
 
 GOOD = Findings(
-    node="n1", device="NVIDIA H100", ranks_per_device=1.0, versions=(("torch", "2.13.0"),),
+    node="n1", device="NVIDIA H100", cpus=12, ranks_per_device=1.0, versions=(("torch", "2.13.0"),),
     config_hash="abc", free_gib=100.0, unwritable="", shared=True, clock_offset_s=0.001,
     tflops=600.0, intra_node_bytes_per_s=300e9, inter_node_bytes_per_s=40e9,
 )  # fmt: skip

@@ -40,6 +40,18 @@ def test_each_task_becomes_the_rank_of_its_number() -> None:
     assert next_step["MASTER_PORT"] != port
 
 
+def test_ranks_of_one_node_meet_on_the_loopback_interface() -> None:
+    one_node = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "5"}
+    environ = task(1, 0, 1, **one_node)
+    del environ["MASTER_ADDR"]
+    told = dict(environ, MASTER_ADDR="10.0.0.1")
+    assert adopt_task(environ)
+    assert (environ["MASTER_ADDR"], environ["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+    assert adopt_task(told)
+    assert told["MASTER_ADDR"] == "10.0.0.1"
+    assert "GLOO_SOCKET_IFNAME" not in told
+
+
 def test_what_is_no_rank_is_left_alone() -> None:
     single = task(0, 0, 0, SLURM_STEP_NUM_TASKS="1")
     batch_script = {k: v for k, v in task(0, 0, 0).items() if "STEP" not in k}
