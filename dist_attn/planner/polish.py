@@ -58,7 +58,7 @@ class Polish:
 
     def run(self, exchanges: int, deadline: float) -> list[Groups]:
         """Exchange until nothing helps or the number is used up; returns the plan."""
-        open_batches = list(range(len(self.batches)))
+        open_batches = [m for m, batch in enumerate(self.batches) if batch]
         while open_batches and exchanges > 0 and time.monotonic() < deadline:
             for m in tuple(open_batches):
                 exchanges -= 1
