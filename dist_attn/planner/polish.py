@@ -27,6 +27,8 @@ from dist_attn.planner.program import Program
 _OFFERS = 32
 #: Groups weighed at once.
 _PARTNERS = 4
+#: Groups weighed at the most before a micro-batch is left as it is.
+_LOOKED_AT = 96
 #: What an exchange gains at least, as a share of the micro-batch's time.
 _GAIN = 1e-5
 
@@ -76,7 +78,7 @@ class Polish:
         limits[members] *= 1 - _GAIN
         spare = limits - self.times
         order = np.argsort(-spare, kind="stable")
-        order = order[(order != slowest) & (spare[order] > 0)]
+        order = order[(order != slowest) & (spare[order] > 0)][:_LOOKED_AT]
         return any(
             self._exchange(slowest, order[first : first + _PARTNERS], limits)
             for first in range(0, len(order), _PARTNERS)
