@@ -31,8 +31,7 @@ from dist_attn.groups import GroupPool
 from dist_attn.integrations.engine import engine_factory
 from dist_attn.integrations.hf import build_model
 from dist_attn.planner.cluster import local_cluster
-from dist_attn.planner.command import layer_rules_of
-from dist_attn.planner.fitting import memory_of, planning_problem_of
+from dist_attn.planner.fitting import layer_rules_of, memory_of, planning_problem_of
 from dist_attn.planner.memory import GIB
 from dist_attn.planner.shape import ModelShape
 from dist_attn.training.runtime import Runtime

@@ -1,16 +1,18 @@
 """Runs every block-sparse kernel of this GPU on small masks, twice: made for compute-sanitizer.
 
-    PYTHONPATH=kernels:. compute-sanitizer --tool memcheck python tools/check_kernels.py
+    PYTHONPATH=kernels:. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \\
+        compute-sanitizer --tool memcheck python tools/check_kernels.py
 
-Forward and backward over windows, S2, random blocks and bit masks, odd lengths, grouped heads, both
-head dims, with torch's caching off so that every tensor is an allocation of its own. Outputs start
-as NaN; results must be finite and both times the same, bit by bit.
+Forward and backward over windows, S2, random blocks and bit masks, odd lengths, grouped heads and
+both head dims. Without torch's caching every tensor is an allocation of its own, so that what lies
+beside it is not. Outputs start as NaN; results must be finite and twice the same, bit by bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -61,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*deterministic implementation")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     wrong = 0

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 #: Runs of which a median is taken, at least; milliseconds that they last, at least and at most.
@@ -32,8 +33,9 @@ class Clocks:
     """
 
     def __init__(self) -> None:
+        uuid = torch.cuda.get_device_properties(0).uuid  # type: ignore[attr-defined]
         command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "-lms", "20"]
-        command += ["--format=csv,noheader,nounits", "-i", "0"]
+        command += ["--format=csv,noheader,nounits", "-i", "GPU-" + str(uuid).removeprefix("GPU-")]
         self._reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._seen: list[tuple[float, float, float]] = []
         threading.Thread(target=self._read, daemon=True).start()
