@@ -22,7 +22,6 @@ ZOO = zoo()
 #: Masks that keep a fixed part of the square, or have a table of intervals for each head.
 DENSE_TABLES = (
     "full", "causal", "prefix lm", "s2", "s2 and dense heads", "streaming heads", "shifted groups",
-    "window per head",
 )  # fmt: skip
 RNG = np.random.default_rng(2)
 
