@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	$(BIN)/dist-attn train --cfg $(CFG) --set run.dir=$(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 # Kills, stops, stalls, long runs, and further cases of what `make test` has: too slow for every change.
 test-faults: $(VENV)/installed

@@ -1,11 +1,12 @@
 """How tests run: Triton's interpreter where no GPU is, one thread, and workers side by side.
 
 `make test` lets two workers share the tests. Tests in ranks stay on one of them, which keeps its
-ranks from test to test; everything else goes file by file to whichever worker is free.
+ranks from test to test, whole runs on one of them, perhaps the other; everything else goes file by
+file to whichever worker is free.
 """
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,22 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-TESTS = Path(__file__).parent
-IN_RANKS = ("distributed", "e2e", "gpu", "multigpu")
+#: Folders that a worker takes as a whole.
+TOGETHER = {"distributed": "ranks", "gpu": "ranks", "multigpu": "ranks", "e2e": "runs"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before workers write the groups into the names of tests
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder, *rest = item.path.relative_to(TESTS).parts
-            group = "ranks" if folder in IN_RANKS else "/".join((folder, *rest))
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return worker_group(nodeid)
+
+    return ByFile(config, log)
+
+
+def worker_group(nodeid: str) -> str:
+    """What a worker takes as a whole: a file, or everything that shares ranks, or whole runs."""
+    file = nodeid.partition("::")[0]
+    return next((TOGETHER[part] for part in file.split("/") if part in TOGETHER), file)

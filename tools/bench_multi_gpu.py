@@ -70,7 +70,8 @@ def main() -> None:
     if rank == 0:
         # Training starts ranks of its own.
         if "training" in args.parts:
-            training_part.steps(report, clock, size)
+            keep_s = CONTEXT_S if "context" in args.parts else 0.0
+            training_part.steps(report, clock, size, keep_s)
         if "context" in args.parts:
             training_part.largest_context(report, clock, size)
         text = report.text(header(size, clock))

@@ -48,10 +48,11 @@ class Polish:
         self.seconds = np.append(program.seconds, np.zeros((len(classes), 1)), axis=1)
         self.tokens = np.zeros(len(groups), dtype=np.int64)
         self.times = np.zeros(len(groups))
-        #: Offers of each group: pairs of documents, their tokens, their seconds in every class.
+        #: Offers of each group: pairs of documents, their tokens, and their seconds in every
+        #: class (not a number: no offer).
         self.offered = np.full((len(groups), _OFFERS, 2), self.none)
         self.offer_tokens = np.zeros((len(groups), _OFFERS), dtype=np.int64)
-        self.offer_s = np.full((len(classes), len(groups), _OFFERS), np.inf)
+        self.offer_s = np.full((len(classes), len(groups), _OFFERS), np.nan)
         for group in range(len(groups)):
             self._take_stock(group)
 
@@ -120,7 +121,7 @@ class Polish:
         """Recompute a group's time, tokens and offers."""
         cls = self.cls[group]
         documents = sorted(self.documents[group])
-        at = np.array(documents)
+        at = np.array(documents, dtype=np.int64)
         self.tokens[group] = self.lengths[at].sum()
         self.times[group] = self.fixed[group] + self.seconds[cls, at].sum()
         # Of documents of one length the first stands for all, and the second beside it.
@@ -142,7 +143,7 @@ class Polish:
         self.offered[group, :size] = offered
         self.offer_tokens[group, :size] = self.lengths[offered].sum(axis=1)
         self.offer_s[:, group, :size] = self.seconds[:, offered].sum(axis=2)
-        self.offer_s[:, group, size:] = np.inf
+        self.offer_s[:, group, size:] = np.nan
 
     def _plan(self) -> list[Groups]:
         found: list[Groups] = []

@@ -112,7 +112,12 @@ def build_program(
         raise PlanError(_too_long(ordered, order, classes, planner) + _hint(strategies))
     if whole_documents:
         unit = max(int(np.gcd.reduce(ordered)), 1)
-        classes = [replace(c, capacity_tokens=c.capacity_tokens // unit * unit) for c in classes]
+        usable = [row for row, c in enumerate(classes) if c.capacity_tokens >= unit]
+        classes = [
+            replace(classes[row], capacity_tokens=classes[row].capacity_tokens // unit * unit)
+            for row in usable
+        ]
+        seconds = seconds[usable]
     nodes = tuple(tuple(len(node) for node in pool) for pool in cluster.pools)
     return Program(
         lengths=ordered,

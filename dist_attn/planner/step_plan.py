@@ -88,7 +88,7 @@ def plan_step(
     program = build_program(lengths, cluster, cost, planner, strategies)
     fluid = Fluid(program, count_long(program))
     bound = step_bound(program)
-    joint = plan(lengths, cluster, cost, planner, strategies, seed, Effort(500, 0))
+    joint = plan(lengths, cluster, cost, planner, strategies, seed, Effort(bound_nodes=0))
     best, best_s = _spread(joint, program, cluster), math.inf
     best_s = _end(best, fluid)
     for share in (0.9, 0.6, 0.4, 0.25):
@@ -116,7 +116,7 @@ def step_bound(program: Program) -> float:
     degrees = np.array([c.degree for c in program.classes])[:, None]
     fixed = np.array([c.fixed_s for c in program.classes])
     work = float((program.seconds * degrees).min(axis=0).sum())
-    densest = max(c.capacity_tokens // c.degree for c in program.classes)
+    densest = max(c.capacity_tokens / c.degree for c in program.classes)
     groups = max(1.0, float(program.lengths.sum()) / densest)
     longest = float((program.seconds + fixed[:, None]).min(axis=0).max())
     return max(longest, (work + groups * float(fixed.min())) / program.num_devices)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -112,11 +113,18 @@ def measure(
     mark: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Calibrate on a process group that exists; see `calibrate`. Tells `mark` what comes next."""
-    machine = _machine(config, runtime, mark)
+    begun = time.monotonic()
+
+    def tell(what: str) -> None:
+        mark(what)
+        if runtime.is_main:
+            logger.info("%.0f s: %s", time.monotonic() - begun, what)
+
+    machine = _machine(config, runtime, tell)
     pool = GroupPool(max(64, 2 * runtime.world_size))
     longest = extent.max_tokens or _MAX_TOKENS[runtime.device.type]
     compute, memory = _alone(machine, longest, extent)
-    mark("measuring exchanges")
+    tell("measuring exchanges")
     links = measure_links(runtime, pool, extent.repeats)
     with runtime.together():
         made = Calibration(

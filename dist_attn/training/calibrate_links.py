@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dist_attn.comm.copied_all_to_all import copied_all_to_all
 from dist_attn.comm.exchange import open_transport
 from dist_attn.groups import CommGroup, GroupPool
 from dist_attn.planner.calibration import TransferPoint
@@ -88,7 +89,13 @@ def _call(
     into = torch.empty_like(out)
 
     def all_to_all() -> None:
-        dist.all_to_all_single(into, out, group=group.process_group)
+        # By copy engines where attention does so.
+        if group.peers is None:
+            dist.all_to_all_single(into, out, group=group.process_group)
+            return
+        outgoing = [[part] for part in out.view(size, -1)]
+        targets = [[part] for part in into.view(size, -1)]
+        copied_all_to_all(outgoing, targets, group, num_bytes // size)
 
     def exchange(parts: Sequence[torch.Tensor]) -> None:
         # As attention does it: from the rank t places before, to the rank t places behind.

@@ -119,16 +119,15 @@ class Paired:
 
 
 def paired_seconds(
-    call: Callable[[], Any], ideal: Callable[[], Any], share: int, *, least_s: float = 0.2
+    call: Callable[[], Any], ideal: Callable[[], Any], share: int, *, least_s: float = 0.12
 ) -> Paired:
     """Time a call and, in turn with it, an ideal of `share` times the work.
 
     A GPU under load changes its clock by a fifth within a second, by power and heat. So what is
-    compared is measured in turn, each for as long as the other one.
+    compared is measured in turn, each for as long as the other one. Both are warm before.
 
     Collective: by all ranks.
     """
-    warm_up(call)
     once, once_ideal = _timed(call, 1), _timed(ideal, 1)
     most = max(least_s, once, once_ideal)
     count, count_ideal = (max(1, min(100, round(most / x))) for x in (once, once_ideal))

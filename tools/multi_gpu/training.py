@@ -21,6 +21,8 @@ from dist_attn.training.run_folder import read_metrics
 #: Steps that are not counted: kernels are compiled, plans of cuDNN made, memory found.
 WARM_UP = 4
 STEPS = 10
+#: Seconds of one run, its start included.
+RUN_S = 40.0
 MODEL = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -32,17 +34,20 @@ MODEL = {
 }
 
 
-def steps(report: Report, clock: Clock, size: int) -> None:
-    """Train on the same long-tail batches by plans and by each static degree."""
+def steps(report: Report, clock: Clock, size: int, keep_s: float) -> None:
+    """Train on the same long-tail batches by plans and by each static degree.
+
+    Leaves `keep_s` seconds of the clock.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         costs = _calibrated(report, clock, folder, size)
         degrees = [d for d in range(1, size + 1) if size % d == 0]
         ways = [("planned", {})]
         ways += [(f"static {d}", {"mode": "static", "static_degree": d}) for d in reversed(degrees)]
-        planned: float | None = None
+        planned: list[dict[str, Any]] = []
         for way, planner in ways:
-            if clock.left_s < 90:
+            if clock.left_s - keep_s < RUN_S:
                 report.note(f"training, {way}, was left out: time was up")
                 continue
             done, lines = _train(folder, way, _config(folder, planner, costs), 150)
@@ -52,7 +57,7 @@ def steps(report: Report, clock: Clock, size: int) -> None:
             counted = lines[WARM_UP:]
             measured = sum(x["step_s"] for x in counted)
             predicted = sum(x["predicted_s"] for x in counted)
-            planned = measured if way == "planned" else planned
+            planned = counted if way == "planned" else planned
             report.add(
                 "Training",
                 plans=way,
@@ -63,7 +68,8 @@ def steps(report: Report, clock: Clock, size: int) -> None:
                 error=f"{predicted / measured - 1:+.1%}",
                 step_error=f"{_median_error(counted):.1%}",
                 tokens_per_s=sum(x["tokens"] for x in counted) / measured,
-                of_planned=None if planned is None else measured / planned,
+                slowest_s=max(x["step_s"] for x in counted),
+                of_planned=_median_ratio(counted, planned),
                 memory_gib=max(x["memory_gib"] for x in counted),
             )
 
@@ -164,6 +170,14 @@ def _run(arguments: list[str], timeout_s: float) -> str:
 
 def _median_error(lines: list[dict[str, Any]]) -> float:
     return statistics.median(abs(x["predicted_s"] / x["step_s"] - 1) for x in lines)
+
+
+def _median_ratio(lines: list[dict[str, Any]], planned: list[dict[str, Any]]) -> float | None:
+    """Time of a step over that of the same step by plans, the median over the steps."""
+    if not planned:
+        return None
+    pairs = zip(lines, planned, strict=True)
+    return statistics.median(a["step_s"] / b["step_s"] for a, b in pairs)
 
 
 def _one_document(folder: Path, length: int) -> None:
