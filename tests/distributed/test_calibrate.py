@@ -34,7 +34,7 @@ def run_calibration(out: str) -> Calibration:
 @pytest.mark.slow
 def test_a_machine_is_measured_and_planned_with(tmp_path: Path) -> None:
     out = tmp_path / "cpu.yaml"
-    made = run_ranks(run_calibration, 2, str(out), timeout_s=100)
+    made = run_ranks(run_calibration, 2, str(out), timeout_s=250)
     assert made[0].compute == made[1].compute
     read = Calibration.load(out)
     assert read == made[0]

@@ -45,6 +45,8 @@ PHASES = (
 )  # fmt: skip
 
 
+#: Twelve steps pass seven marks each at the least; moments are drawn before the last step.
+MARKS = 75
 #: Sums over three ranks were seen to differ in their last bit between runs of equal plans on a busy
 #: machine, losses by up to 2e-7; over two ranks they never were, and those tests compare bits.
 SAME = 1e-5
@@ -52,13 +54,13 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class Hit:
-    """A signal to one rank, some time after the start or after it came to a phase once more."""
+    """A signal to one rank, some time after it came to a phase, or any phase, once more."""
 
     rank: int
     signal: signal.Signals
     after_s: float
-    phase: str | None = None
-    visit: int = 1
+    phase: str
+    visit: int
 
 
 def shared_store() -> dist.Store:
@@ -103,13 +105,11 @@ def training_with_a_hit(
     visits = [0]
 
     def arrived(phase: str) -> None:
-        if rank == hit.rank and hit.phase is not None and phase.startswith(hit.phase):
+        if rank == hit.rank and phase.startswith(hit.phase):
             visits[0] += 1
             if visits[0] == hit.visit:
                 threading.Timer(hit.after_s, strike).start()
 
-    if rank == hit.rank and hit.phase is None:
-        threading.Timer(hit.after_s, strike).start()
     start = _MessageExchange.start
 
     def started(self: _MessageExchange) -> None:
@@ -138,8 +138,8 @@ def far_from(curve: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(curve, other, strict=True))
 
 
-def hits(number: signal.Signals, duration_s: float) -> list[Hit]:
-    """Twenty: each phase by name, and moments that only the clock chose."""
+def hits(number: signal.Signals) -> list[Hit]:
+    """Twenty: each phase by name, and moments that only chance chose."""
     draw = random.Random(int(number))
     named = [
         Hit(
@@ -149,19 +149,15 @@ def hits(number: signal.Signals, duration_s: float) -> list[Hit]:
         for phase in PHASES
     ]  # fmt: skip
     drawn = [
-        Hit(draw.randrange(RANKS), number, draw.uniform(0, duration_s))
+        Hit(draw.randrange(RANKS), number, draw.uniform(0, 0.03), "", draw.randrange(1, MARKS))
         for _ in range(20 - len(named))
     ]
     return named + drawn
 
 
-def judge(ends: list[Outcome], hit: Hit, reports: Path) -> bool:
-    """Whether the hit came before the end; if so every survivor ended by itself and named it."""
-    if ends[hit.rank].exitcode is None:
-        # Too late: it had done its part.
-        assert [e.error for e in ends] == [None] * RANKS, hit
-        return False
-    assert ends[hit.rank].exitcode == -signal.SIGKILL, hit
+def judge(ends: list[Outcome], hit: Hit, reports: Path) -> None:
+    """The hit came before the end, and every survivor ended by itself and named it."""
+    assert ends[hit.rank].exitcode == -signal.SIGKILL, (hit, ends)
     for rank, end in enumerate(ends):
         if rank == hit.rank or (end.exitcode is None and end.error is None):
             continue
@@ -174,7 +170,6 @@ def judge(ends: list[Outcome], hit: Hit, reports: Path) -> bool:
         named = f"rank {hit.rank} on n{hit.rank} gives no sign of life" in text
         # Rank 0 keeps the store here: without it there is nothing to read.
         assert named or (hit.rank == 0 and "rank 0 (n0)" in text), (hit, text)
-    return True
 
 
 @pytest.mark.slow
@@ -194,8 +189,7 @@ def test_hits_at_twenty_moments_never_change_the_curve(
     curve = losses(tmp_path / "whole")
     # The control: a step that is lost or done twice.
     assert far_from(curve[1:], curve[:-1]) > 1e4 * SAME
-    interrupted = 0
-    for trial, hit in enumerate(hits(number, duration_s)):
+    for trial, hit in enumerate(hits(number)):
         if trial % 2 != half:
             continue
         run, reports = tmp_path / f"run{trial}", tmp_path / f"reports{trial}"
@@ -211,7 +205,6 @@ def test_hits_at_twenty_moments_never_change_the_curve(
         )  # fmt: skip
         seconds = round(time.monotonic() - begun, 1)
         logger.info("%d: %s, %s, %s s", trial, hit, [e.exitcode for e in ends], seconds)
-        interrupted += judge(ends, hit, reports)
+        judge(ends, hit, reports)
         run_ranks(training, RANKS, config, here, "auto", timeout_s=180)
         assert far_from(losses(run), curve) < SAME, (trial, hit)
-    assert interrupted >= 5
