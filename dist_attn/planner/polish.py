@@ -71,6 +71,8 @@ class Polish:
     def _shorten(self, m: int) -> bool:
         """One exchange of the slowest group of a micro-batch; whether there was one."""
         members = np.flatnonzero(self.batch == m)
+        if not len(members):
+            return False  # the search has left nothing in this micro-batch
         slowest = int(members[np.argmax(self.times[members])])
         ends = np.zeros(len(self.batches))
         np.maximum.at(ends, self.batch, self.times)
