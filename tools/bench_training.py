@@ -66,11 +66,20 @@ S2_HYBRID = [
     {"kind": "causal", "layers": "::3"},
 ]
 #: Kinds of kernels by name, the first that matches.
-KINDS = {
-    "attention": ("sdpa", "fmha", "flash", "attention", "sparse", "_dq", "_dkv"),
+KINDS: dict[str, tuple[str, ...]] = {
+    "fused layers": ("rms_norm", "swiglu", "rope"),
+    "attention": (
+        "sdpa",
+        "fmha",
+        "flash",
+        "attention",
+        "sparse",
+        "forward_kernel",
+        "dq_kernel",
+        "dkv_kernel",
+    ),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "optimizer": ("adam", "multi_tensor"),
-    "fused layers": ("rms_norm", "swiglu", "rope"),
     "communication": ("nccl",),
     "copies": ("memcpy", "memset", "copy"),
     "softmax and loss": ("softmax", "nll", "cross_entropy", "scatter"),

@@ -130,16 +130,16 @@ class Bounds:
 
         Of more than the kernels take, only that they are more.
         """
+        step = 1 + len(self._index) // SAMPLE
+        sample = [Part(p.lo[::step], p.hi[::step]) for p in parts]
+        if step > 1 and len(self._widest(sample, -(-len(self._index) // step))) > MAX_BOUNDS:
+            return np.empty((MAX_BOUNDS + 1, 0), dtype=np.int64)
         for whole in parts:
             if all(
                 p is whole or ((p.lo >= whole.lo) & (p.hi <= whole.hi) | (p.lo >= p.hi)).all()
                 for p in parts
             ):
                 return np.stack([whole.lo, whole.hi])
-        step = 1 + len(self._index) // SAMPLE
-        sample = [Part(p.lo[::step], p.hi[::step]) for p in parts]
-        if step > 1 and len(self._widest(sample, -(-len(self._index) // step))) > MAX_BOUNDS:
-            return np.empty((MAX_BOUNDS + 1, 0), dtype=np.int64)
         return self._widest(parts, len(self._index))
 
     def _widest(self, parts: list[Part], num_rows: int) -> IntArray:

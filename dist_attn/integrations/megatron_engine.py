@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_attn.attention.context import AttentionContext
 from dist_attn.config import Config
+from dist_attn.errors import ConfigError
 from dist_attn.integrations.engine import Fragment
 from dist_attn.integrations.gradient_probe import GradientProbe
 from dist_attn.integrations.hf import CausalLM
@@ -51,6 +52,11 @@ class MegatronEngine:
         self._model, self._map = build_megatron_model(model, config.model, self._groups, device)
         self._sharding: Sharding
         if device.type == "cuda" and dist.get_backend(self._groups.data) == "nccl":
+            if config.optimizer.name != "adamw":
+                raise ConfigError(
+                    f"Megatron's distributed optimizer takes optimizer.name 'adamw', got "
+                    f"'{config.optimizer.name}'; use that, or engine 'deepspeed'"
+                )
             self._sharding = DistributedOptimizer(
                 self._model, config.optimizer, self._groups, config.engine.bucket_elements
             )

@@ -184,7 +184,9 @@ def document_mask(
         return causal & _window(cu, rule.window_tokens, rule.sink_tokens)
     if rule.kind == "window_per_head":
         windows = rule.head_windows or []
-        return causal & PerHead(tuple(_window(cu, w, rule.sink_tokens) for w in windows))
+        # Heads of one window share their mask, and so their lists.
+        by_window = {w: _window(cu, w, rule.sink_tokens) for w in windows}
+        return causal & PerHead(tuple(by_window[w] for w in windows))
     if rule.kind == "s2":
         sparse = causal & _s2(rule, cu, num_heads // num_kv_heads)
     else:

@@ -167,7 +167,9 @@ def streaming_heads(num_heads: int, full_heads: Sequence[int], window: int, sink
 
 def window_per_head(windows: Sequence[int], num_sinks: int = 0) -> Mask:
     """A causal window of its own length for each head. Source: MoA (arXiv 2406.14909)."""
-    return PerHead(tuple(sliding_window(w, num_sinks) for w in windows))
+    # Heads of one window share their mask, and so their lists.
+    by_window = {w: sliding_window(w, num_sinks) for w in windows}
+    return PerHead(tuple(by_window[w] for w in windows))
 
 
 def growing_windows(seq_len: int, spans: Sequence[tuple[int, float]], num_sinks: int = 0) -> Mask:

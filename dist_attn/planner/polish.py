@@ -27,6 +27,8 @@ from dist_attn.planner.program import Program
 _OFFERS = 32
 #: Groups weighed at once.
 _PARTNERS = 4
+#: Groups weighed at the most before a micro-batch is left as it is.
+_LOOKED_AT = 96
 #: What an exchange gains at least, as a share of the micro-batch's time.
 _GAIN = 1e-5
 
@@ -58,7 +60,7 @@ class Polish:
 
     def run(self, exchanges: int, deadline: float) -> list[Groups]:
         """Exchange until nothing helps or the number is used up; returns the plan."""
-        open_batches = list(range(len(self.batches)))
+        open_batches = [m for m, batch in enumerate(self.batches) if batch]
         while open_batches and exchanges > 0 and time.monotonic() < deadline:
             for m in tuple(open_batches):
                 exchanges -= 1
@@ -69,6 +71,8 @@ class Polish:
     def _shorten(self, m: int) -> bool:
         """One exchange of the slowest group of a micro-batch; whether there was one."""
         members = np.flatnonzero(self.batch == m)
+        if not len(members):
+            return False  # the search has left nothing in this micro-batch
         slowest = int(members[np.argmax(self.times[members])])
         ends = np.zeros(len(self.batches))
         np.maximum.at(ends, self.batch, self.times)
@@ -76,7 +80,7 @@ class Polish:
         limits[members] *= 1 - _GAIN
         spare = limits - self.times
         order = np.argsort(-spare, kind="stable")
-        order = order[(order != slowest) & (spare[order] > 0)]
+        order = order[(order != slowest) & (spare[order] > 0)][:_LOOKED_AT]
         return any(
             self._exchange(slowest, order[first : first + _PARTNERS], limits)
             for first in range(0, len(order), _PARTNERS)

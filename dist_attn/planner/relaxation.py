@@ -222,6 +222,10 @@ def _shares(program: Program, lengths: _Lengths, taus: FloatArray, tiers: IntArr
     plain = lengths.tokens * degrees / capacity / devices
     lowest_rate = per_token.min(axis=1, where=per_token > 0, initial=np.inf)
     lowest_rate = np.where(np.isfinite(lowest_rate), lowest_rate, 1e-300)
+    # Rows of single documents ask for their seconds, and of the very longest for whole groups.
+    rank = np.arange(least.shape[1])
+    quick = np.where((rank < _SINGLES) & (counts == 1), fixed + least, 0.0)
+    whole = np.where(rank < _PRESENT, np.broadcast_to(degrees, least.shape), 0.0)
     parts = []
     for t in range(len(taus) - 1):
         spare = taus[t + 1] - fixed
@@ -232,7 +236,7 @@ def _shares(program: Program, lengths: _Lengths, taus: FloatArray, tiers: IntArr
         lone = counts * (capacity - np.maximum(beside, 0.0)) * degrees / capacity / devices
         memory = np.where(alone, np.maximum(lone, plain), plain)
         slots = np.where(alone, counts * degrees / devices, 0.0)
-        usable &= ~_dominated(tiers, usable, (device_s, memory, slots))
+        usable &= ~_dominated(tiers, usable, (device_s, memory, slots, quick, whole))
         c, k = np.nonzero(usable)
         parts.append(
             (

@@ -144,8 +144,8 @@ def hits(number: signal.Signals) -> list[Hit]:
     named = [
         Hit(
             # In these plans rank 2 is mostly alone and exchanges nothing.
-            draw.randrange(2 if phase == "exchange" else RANKS), number, draw.uniform(0, 0.01),
-            phase,
+            draw.randrange(2 if phase == "exchange" else RANKS),
+            number, draw.uniform(0, 0.01), phase,
             1 if phase in PHASES[:3] else draw.randrange(1, 4),
         )
         for phase in PHASES

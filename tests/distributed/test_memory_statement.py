@@ -19,7 +19,7 @@ from dist_attn.training.runtime import Runtime
 from tests.e2e.command import small_config
 from tests.ranks import run_ranks
 
-DEVICE = {"peak_tflops": 1.0, "memory_gib": 0.159, "reserved_gib": 0.0}
+DEVICE = {"peak_tflops": 1.0, "memory_gib": 0.1593, "reserved_gib": 0.0}
 
 
 def said(config: str, overrides: list[str]) -> list[str]:
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(tmp_path: Path) -
     settings = settings_of(tmp_path / "run", DEVICE["memory_gib"])
     (text,) = run_ranks(said, 2, str(config), settings, fresh=True)[0]
     assert ".txt" in text
-    assert "GiB holds 71 tokens, 0.2 GiB: " in text
+    assert "GiB holds 119 tokens, 0.2 GiB: " in text
     change = text.split("the smallest change that would fit it: --set ")[1]
     assert change == "model.gradient_checkpointing=true"
     assert not (tmp_path / "run").exists()

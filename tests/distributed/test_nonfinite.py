@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dist_attn.config import load_config
 from dist_attn.data import LocalBatch
 from dist_attn.errors import UserError
-from dist_attn.integrations import hf, megatron_loss
+from dist_attn.integrations import loss, megatron_loss
 from dist_attn.training.loop import run_training
 from dist_attn.training.run_folder import read_metrics
 from dist_attn.training.runtime import Runtime
@@ -89,7 +89,7 @@ def training_with_a_bad_document(config: str, overrides: list[str]) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepRunner, "_forward", seen)
-        patch.setattr(hf, "linear_cross_entropy", poisoned)
+        patch.setattr(loss, "linear_cross_entropy", poisoned)
         patch.setattr(megatron_loss, "linear_cross_entropy", poisoned)
         try:
             run_training(settings, None, Runtime(rank, size, rank, size, torch.device("cpu")))

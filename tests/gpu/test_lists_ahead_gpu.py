@@ -58,7 +58,8 @@ def config_of(engine: dict[str, Any]) -> Config:
              "num_layers": 2, "vocab_size": VOCAB, "dtype": "bf16"}  # fmt: skip
     data = {
         "model": model, "engine": engine, "attention": {"masks": MASKS},
-        "optimizer": {"name": "sgd", "gradient_clipping": 0.0},
+        # Megatron's distributed optimizer takes nothing else.
+        "optimizer": {"name": "adamw", "gradient_clipping": 0.0},
     }  # fmt: skip
     return validate(Config, data, "test").on("cuda")
 

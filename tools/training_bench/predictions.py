@@ -22,7 +22,7 @@ LONGEST = {False: 32768, True: 65536}
 class Predictions:
     """One calibration for each kind of case, made when the first of its cases comes.
 
-    Each is short: three lengths, whole and in eight documents, and of two passes the second counts.
+    Each is short: three lengths, whole and in eight documents, and of three passes the last counts.
     """
 
     def __init__(self, folder: Path, runtime: Runtime, cluster: Cluster) -> None:
@@ -57,7 +57,7 @@ class Predictions:
         name = f"{'s2' if sparse else 'dense'}{'-recomputed' if recomputed else ''}.yaml"
         most = max(g.tokens for m in plan.micro_batches for g in m.groups)
         extent = Extent(
-            max_tokens=min(most, LONGEST[recomputed]), repeats=1, warm_ups=1,
+            max_tokens=min(most, LONGEST[recomputed]), repeats=1, warm_ups=2,
             sixteenths=(4, 8, 16), documents=(1, 8),
         )  # fmt: skip
         measure(config, self._folder / name, extent, self._runtime)

@@ -1,5 +1,7 @@
 """The tables for the block-sparse kernels say what the mask says, for any tokens on either side."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,13 @@ from dist_attn_kernels.lists import BITS, INTERVAL
 from dist_attn_kernels.runs import TileRuns
 from tests.block_tables import walk_cols, walk_rows
 from tests.mask_zoo import NUM_HEADS, SEQ_LEN, zoo
+from tests.unit.masks.test_longca import HEADS, MILLION, MILLIONS
 
 ZOO = zoo()
+#: Masks that keep a fixed part of the square, or have a table of intervals for each head.
+DENSE_TABLES = (
+    "full", "causal", "prefix lm", "s2", "s2 and dense heads", "streaming heads", "shifted groups",
+)  # fmt: skip
 RNG = np.random.default_rng(2)
 
 
@@ -99,6 +106,30 @@ def test_heads_of_one_pattern_share_their_tiles():
     )  # fmt: skip
     runs = list_runs(by_kv, (positions, positions), range(16), 8)
     assert (runs.num_heads, runs.heads_per_kv, len(runs.group_of)) == (4, 1, 8)
+
+
+def seconds_of_tables(mask: Mask, seq_len: int, num_heads: int) -> float:
+    """Processor time of the tables of forward and backward, from the mask on."""
+    positions = np.arange(seq_len)
+    start = time.process_time()
+    BlockSparse(mask, (positions, positions), range(num_heads), num_heads, torch.device("cpu"))
+    return time.process_time() - start
+
+
+def test_tables_of_128k_tokens_and_32_heads_take_a_moment():
+    mask = patterns.s2(1 << 17, 64, 16, 16, 32)
+    # The machine may be busy. To sort the 5.2 million tiles took more than a second.
+    assert min(seconds_of_tables(mask, 1 << 17, 32) for _ in range(2)) < 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MILLIONS)
+def test_tables_of_a_million_tokens_and_32_heads(name):
+    mask = MILLIONS[name]
+    if name in DENSE_TABLES:
+        pytest.skip("its table of every tile takes half a gibibyte and more")
+    limit = 6.0 if name == "listed blocks" else 1.5  # 8.4 million tiles without any order
+    assert min(seconds_of_tables(mask, MILLION, HEADS) for _ in range(2)) < limit
 
 
 def test_tables_are_kept_apart_where_windows_differ():

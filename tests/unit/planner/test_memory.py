@@ -191,3 +191,13 @@ def test_nothing_helps() -> None:
 def test_a_stage_number_is_a_sharding() -> None:
     shape, cluster = shape_of(kernels="torch"), local_cluster(4, [H100] * 4, 4)
     assert CostModel.derive(shape, cluster, 3) == CostModel.derive(shape, cluster, Sharding(3))
+
+
+def test_equal_documents_of_which_not_all_fit_at_a_time() -> None:
+    """The search leaves a micro-batch without groups; polishing it once failed on that."""
+    model = {"kernels": "liger", "loss": "liger", "loss_chunk_tokens": 4096}
+    config = config_of({"model": model, "engine": {"bucket_elements": 100_000_000}})
+    plan = planning_problem_of(config, local_cluster(1, [H100], 1), 32000).solve((8192,) * 8)
+    groups = [g for m in plan.micro_batches for g in m.groups]
+    assert sorted(d for g in groups for d in g.documents) == list(range(8))
+    assert len(plan.micro_batches) == 2

@@ -92,3 +92,11 @@ def test_groups_use_multiples_of_what_divides_all_lengths():
     assert any(c.capacity_tokens % 640 for c in exact.classes)
     # Classes in which nothing fits are left out.
     assert min(c.degree for c in _program([9000]).classes) == 4
+
+
+def test_a_micro_batch_without_groups_is_left_out() -> None:
+    program = _program([500] * 6)
+    batches = _dealt(program, np.random.default_rng(1))
+    want = Polish(program, batches).run(50, math.inf)
+    # Where a micro-batch costs nothing the search may leave one empty.
+    assert Polish(program, [*batches, []]).run(50, math.inf) == want
