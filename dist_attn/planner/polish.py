@@ -92,8 +92,9 @@ class Polish:
         given, taken = self.offer_tokens[a], self.offer_tokens[others]
         # [groups, offers taken, offers given]
         moved = given - taken[:, :, None]
-        mine = self.offer_s[cls, others][:, :, None] - self.offer_s[cls, a]
-        theirs = self.offer_s[classes, a][:, None, :] - self.offer_s[classes, others][:, :, None]
+        with np.errstate(invalid="ignore"):  # no offer against no offer is none
+            mine = self.offer_s[cls, others][:, :, None] - self.offer_s[cls, a]
+            theirs = self.offer_s[classes, a][:, None] - self.offer_s[classes, others][:, :, None]
         rest = self.capacity - self.tokens
         allowed = (
             (mine < limits[a] - self.times[a])

@@ -212,7 +212,9 @@ def _tiers(program: Program, tolerance: float = 0.05) -> IntArray:
 def _shares(program: Program, lengths: _Lengths, taus: FloatArray, tiers: IntArray) -> _Shares:
     degrees = np.array([c.degree for c in program.classes], dtype=np.float64)[:, None]
     fixed = np.array([c.fixed_s for c in program.classes])[:, None]
-    capacity = np.array([c.capacity_tokens for c in program.classes], dtype=np.float64)[:, None]
+    # A class that has room for none of the lengths is used by none.
+    room = np.array([c.capacity_tokens for c in program.classes], dtype=np.float64)[:, None]
+    capacity = np.maximum(room, 1.0)
     devices = float(program.num_devices)
     counts, shortest, least_s = lengths.counts, lengths.shortest, lengths.least_s
     fits = np.isfinite(least_s)
