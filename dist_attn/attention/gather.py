@@ -15,13 +15,13 @@ from torch import Tensor
 from dist_attn.attention.accumulate import Rows, RowSum, SoftmaxSum, every_row, index_of
 from dist_attn.attention.own_step import OwnStep
 from dist_attn.attention.step import Gradients
-from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
+from dist_attn.attention.strategy import AddsGradients, Call, Residuals
 from dist_attn.attention.workload import HeadClass
 from dist_attn.comm.exchange import Exchange
 from dist_attn_kernels.segments import Saved
 
 
-class Gather(KeepsOwn):
+class Gather(AddsGradients):
     """See the module."""
 
     def forward(
@@ -78,18 +78,10 @@ class Gather(KeepsOwn):
             exchange.wait()
             fetcher.here = coming
 
-    def backward(
-        self, call: Call, residuals: Residuals, dout: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Strategy`."""
-        total = Gradients(*(RowSum(x) for x in residuals[:3]))
-        self.add_gradients(call, residuals, dout, total)
-        return total.dq.result(), total.dk.result(), total.dv.result()
-
     def add_gradients(
         self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
     ) -> None:
-        """Add the gradients of the local queries and of the local keys."""
+        """See `AddsGradients`."""
         q, k, v, out, lse = residuals
         fetcher = _Fetcher(call, k, v)
         transport = call.open_transport(k, backward=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_attn.attention.accumulate import RowSum, SoftmaxSum
 from dist_attn.attention.own_step import OwnStep
 from dist_attn.attention.step import Gradients
-from dist_attn.attention.strategy import Call, KeepsOwn, Residuals
+from dist_attn.attention.strategy import AddsGradients, Call, Residuals
 from dist_attn.attention.workload import Workload
 from dist_attn.comm.exchange import Exchange, LaneName, Transport
 from dist_attn_kernels.segments import Saved
@@ -65,7 +65,7 @@ def route(work: Workload, source: int, inner_size: int) -> Route:
     return Route(tuple(rounds))
 
 
-class Ring(KeepsOwn):
+class Ring(AddsGradients):
     """See the module.
 
     Args:
@@ -97,18 +97,10 @@ class Ring(KeepsOwn):
             exchange.wait()
             trip.next(t)
 
-    def backward(
-        self, call: Call, residuals: Residuals, dout: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Strategy`."""
-        total = Gradients(*(RowSum(x) for x in residuals[:3]))
-        self.add_gradients(call, residuals, dout, total)
-        return total.dq.result(), total.dk.result(), total.dv.result()
-
     def add_gradients(
         self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
     ) -> None:
-        """Add the gradients of the local queries and of the local keys."""
+        """See `AddsGradients`."""
         q, k, v, out, lse = residuals
         trip = _Trip(call, (k, v), self._double)
         transport = trip.open_transport(backward=True)

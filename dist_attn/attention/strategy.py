@@ -107,6 +107,24 @@ class KeepsOwn:
         raise AssertionError("what the caller has is not kept again")
 
 
+class AddsGradients(KeepsOwn):
+    """Base of strategies that add their gradients to sums, which may hold more already."""
+
+    def backward(
+        self, call: Call, residuals: Residuals, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Strategy`."""
+        total = Gradients(*(RowSum(x) for x in residuals[:3]))
+        self.add_gradients(call, residuals, dout, total)
+        return total.dq.result(), total.dk.result(), total.dv.result()
+
+    def add_gradients(
+        self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
+    ) -> None:
+        """Add the gradients of the local queries and of the local keys. Collective."""
+        raise AssertionError("a strategy defines this")
+
+
 def forward_once(
     strategy: Strategy, call: Call, q: Tensor, k: Tensor, v: Tensor, with_lse: bool
 ) -> tuple[Tensor, Tensor | None, Residuals]:
@@ -125,7 +143,7 @@ def forward_once(
     return result
 
 
-class Local(KeepsOwn):
+class Local(AddsGradients):
     """The strategy of a group of one."""
 
     def forward(
@@ -137,11 +155,9 @@ class Local(KeepsOwn):
         out, lse = total.result()
         return out, lse, (q, k, v, out, lse)
 
-    def backward(
-        self, call: Call, residuals: Residuals, dout: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Strategy`."""
+    def add_gradients(
+        self, call: Call, residuals: Residuals, dout: Tensor, total: Gradients
+    ) -> None:
+        """See `AddsGradients`."""
         q, k, v, out, lse = residuals
-        total = Gradients(RowSum(q), RowSum(k), RowSum(v))
         call.work.step(0).backward(call.kernel, Saved(dout, q, k, v, out, lse), total)
-        return total.dq.result(), total.dk.result(), total.dv.result()
