@@ -89,7 +89,7 @@ def find_source(config: CorpusConfig) -> Source:
             pass  # glob would pass over an unreadable folder in silence
         try:
             found = sorted(p for p in root.glob(pattern) if p.is_file())
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # pathlib's word for absolute patterns
             raise CorpusError(f"data.corpus.glob {pattern!r} cannot be used: {error}") from None
     else:
         found = [root]
